@@ -1,0 +1,313 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""``nova-snapshot``: snapshots of libvirt domains, with no Nova at all."""
+
+import argparse
+import collections.abc
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import time
+import typing
+
+import libvirt
+import openstack
+from openstack import exceptions as sdk_exceptions
+from oslo_config import cfg
+from oslo_log import log as logging
+import tqdm
+
+from nova_snapshot_ext import conf as confs
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import plugins
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import selection
+from nova_snapshot_ext import snapshot
+
+FAILED = 1
+USAGE = 2
+REFUSED = 3
+NO_DOMAIN = 4
+BUSY = 5
+
+_DESCRIPTION = """
+Take snapshots of libvirt domains. It needs libvirt and a directory, and no
+OpenStack.
+"""
+_EXIT_CODES = f"""
+exit codes:
+  0  it was done
+  {FAILED}  it failed; the guest is as it was
+  {USAGE}  the command line is not valid
+  {REFUSED}  refused before the guest was touched: no flow can serve, a value is
+     not allowed, or there is not enough room
+  {NO_DOMAIN}  there is no such domain
+  {BUSY}  another snapshot of the domain is in flight
+"""
+_PLAIN_LINE_S = 10.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='nova-snapshot', description=_DESCRIPTION, epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--connect', metavar='URI', default='qemu:///system',
+        help="libvirt's URI (default: %(default)s)")
+    parser.add_argument(
+        '--config-file', metavar='FILE', action='append', default=[],
+        help='read [snapshot_ext] from it, such as /etc/nova/nova.conf')
+    parser.add_argument(
+        '--debug', action='store_true', help='log what is done, in detail')
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='COMMAND')
+    create = commands.add_parser(
+        'create', help='take a snapshot of a domain into an image')
+    create.add_argument('--flow', metavar='NAME',
+                        help='this flow, or none (default: the best that '
+                             'can serve)')
+    create.add_argument('--to', metavar='DIR|glance', required=True,
+                        help='a directory, or Glance')
+    create.add_argument('--cloud', metavar='NAME',
+                        help='the cloud of clouds.yaml that --to glance '
+                             'sends to')
+    create.add_argument('--name', help="the image's name (default: the "
+                        "domain's name and the time)")
+    create.add_argument('--format', default='qcow2',
+                        choices=['qcow2', 'raw', 'vmdk', 'vdi'],
+                        help="the image's format (default: %(default)s)")
+    create.add_argument('--compress', action='store_true',
+                        help='compress a qcow2 image')
+    create.add_argument('--quiesce', default='if possible',
+                        choices=[each.value for each in requests.Quiesce],
+                        help='freeze the file systems by the guest agent '
+                             '(default: %(default)s)')
+    create.add_argument('--verify-hash', action='store_true',
+                        help='compare the hash of what arrived')
+    flows = commands.add_parser(
+        'flows', help='say of each flow whether it can serve a domain')
+    for command in (create, flows):
+        command.add_argument('domain', metavar='DOMAIN',
+                             help='name or UUID')
+        command.add_argument(
+            '--staging', metavar='DIR',
+            help='where image files may be written meanwhile (default: '
+                 'TMPDIR or /var/tmp)')
+        command.add_argument(
+            '--force', action='store_true',
+            help='stop a guest for a moment though Nova owns it; Nova may '
+                 'then power it off for good')
+        command.add_argument('--json', action='store_true',
+                             help='print one JSON document')
+    return parser
+
+
+def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
+    """The command. :returns: its exit code"""
+    options = _parser().parse_args(arguments)
+    try:
+        configuration = _configuration(options)
+        with _domain(options) as guest:
+            return _COMMANDS[options.command](options, configuration, guest)
+    except exception.GuestGone as error:
+        return _fail(error, NO_DOMAIN)
+    except exception.GuestBusy as error:
+        return _fail(error, BUSY)
+    except (exception.InvalidSetting, exception.NoFlowServes,
+            exception.NotEnoughRoom, exception.UnsafeDisk) as error:
+        return _fail(error, REFUSED)
+    except (exception.SnapshotError, OSError) as error:
+        return _fail(error, FAILED)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f'nova-snapshot: {error}', file=sys.stderr)
+    return code
+
+
+def _configuration(options: argparse.Namespace) -> typing.Any:
+    configuration = cfg.ConfigOpts()
+    confs.register_opts(configuration)
+    logging.register_options(configuration)
+    try:
+        configuration(
+            [], project='nova-snapshot',
+            default_config_files=options.config_file)
+    except cfg.Error as error:
+        raise exception.InvalidSetting(
+            '--config-file', ', '.join(options.config_file),
+            str(error)) from error
+    configuration.set_override('debug', options.debug)
+    if not options.debug:
+        logging.set_defaults(default_log_levels=['nova_snapshot_ext=WARN'])
+    logging.setup(configuration, 'nova-snapshot')
+    return configuration.snapshot_ext
+
+
+@contextlib.contextmanager
+def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
+    # libvirt prints errors by itself if it is let.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    try:
+        connection = libvirt.open(options.connect)
+    except libvirt.libvirtError as error:
+        raise guests.LibvirtError(
+            f'--connect {options.connect}', error) from error
+    try:
+        yield guests.Guest.find(connection, options.domain)
+    finally:
+        connection.close()
+
+
+def _request(options: argparse.Namespace, configuration: typing.Any,
+             guest: guests.Guest) -> requests.Request:
+    staging = options.staging or os.environ.get('TMPDIR') or '/var/tmp'
+    return requests.Request(
+        image_format=getattr(options, 'format', 'qcow2'),
+        compress=getattr(options, 'compress', False),
+        quiesce=requests.Quiesce(
+            getattr(options, 'quiesce', requests.Quiesce.IF_POSSIBLE.value)),
+        staging_directory=staging,
+        staging_setting='--staging',
+        state_directory=configuration.state_directory or _state_directory(),
+        managed_save_directory=configuration.managed_save_directory,
+        freeze_timeout=configuration.freeze_timeout,
+        copy_timeout=configuration.copy_timeout,
+        convert_timeout=configuration.convert_timeout,
+        may_stop=options.force or not guest.belongs_to_nova())
+
+
+def _state_directory() -> str:
+    """Nova's where there is one: its snapshots and ours exclude each other
+    by the undo log's lock."""
+    nova = '/var/lib/nova'
+    if os.path.isdir(nova):
+        return os.path.join(nova, 'snapshot-ext')
+    if os.geteuid() == 0:
+        return '/var/lib/nova-snapshot-ext'
+    return os.path.join(
+        os.environ.get('XDG_STATE_HOME')
+        or os.path.expanduser('~/.local/state'), 'nova-snapshot-ext')
+
+
+def _flows(options: argparse.Namespace, configuration: typing.Any,
+           guest: guests.Guest) -> int:
+    request = _request(options, configuration, guest)
+    disk = guest.root_disk()
+    found = {}
+    for name in plugins.names(plugins.FLOWS):
+        try:
+            found[name] = plugins.load(
+                plugins.FLOWS, name, 'installed flow')().obstacle(
+                    guest, (disk,), request)
+        except exception.UnsafeDisk as error:
+            found[name] = str(error)
+    if options.json:
+        print(json.dumps({'domain': guest.name, 'flows': {
+            name: {'serves': why is None, 'obstacle': why}
+            for name, why in found.items()}}))
+    else:
+        for name, why in found.items():
+            print(f'{name}: {"can serve" if why is None else why}')
+    return 0
+
+
+def _create(options: argparse.Namespace, configuration: typing.Any,
+            guest: guests.Guest) -> int:
+    names = configuration.flows if options.flow is None else [options.flow]
+    wished = selection.Wish(
+        tuple(names), '[snapshot_ext] flows' if options.flow is None
+        else '--flow', options.flow is not None)
+    service = _service(options)
+    with _shown_progress(options) as progress:
+        request = dataclasses.replace(
+            _request(options, configuration, guest), progress=progress)
+        planned = snapshot.plan(
+            guest, wished, configuration.transfers, request)
+        result = snapshot.take(
+            guest, hosts.PlainHost(), planned, request, service,
+            images.Description(
+                name=options.name or _default_name(guest),
+                disk_format=options.format, container_format='bare',
+                properties={}),
+            verify_hash=options.verify_hash)
+    if options.json:
+        print(json.dumps({
+            'domain': guest.name, **dataclasses.asdict(result),
+            'consistency': result.consistency.value}))
+    else:
+        print(f'{result.location}: {result.length} bytes, '
+              f'flow {result.flow}, transfer {result.transfer}, '
+              f'consistency {result.consistency.value}, guest paused '
+              f'{result.guest_pause_s:.2f} s, {result.duration_s:.1f} s')
+    return 0
+
+
+def _default_name(guest: guests.Guest) -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    return f'{guest.name}-{now:%Y%m%dT%H%M%SZ}'
+
+
+def _service(options: argparse.Namespace) -> images.ImageService:
+    if options.to != 'glance':
+        destination = images.Destination(
+            directory=options.to, directory_setting='--to')
+        name = 'directory'
+    else:
+        try:
+            glance = openstack.connect(cloud=options.cloud).image
+        except sdk_exceptions.SDKException as error:
+            raise exception.InvalidSetting(
+                '--cloud', options.cloud, str(error)) from error
+        destination = images.Destination(glance=glance, retries=3)
+        name = 'glance'
+    service: images.ImageService = plugins.load(
+        plugins.IMAGE_SERVICES, name, '--to')(destination)
+    return service
+
+
+@contextlib.contextmanager
+def _shown_progress(
+        options: argparse.Namespace) -> typing.Iterator[requests.Progress]:
+    """A bar on a terminal, a line now and then elsewhere, nothing beside
+    JSON."""
+    if options.json:
+        yield requests.no_progress
+    elif sys.stderr.isatty():
+        with tqdm.tqdm(unit='B', unit_scale=True, leave=False) as bar:
+            def draw(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+            yield draw
+    else:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PLAIN_LINE_S:
+                last = time.monotonic()
+                print(f'{done} of {total} bytes', file=sys.stderr)
+        yield line
+
+
+_COMMANDS = {'create': _create, 'flows': _flows}
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,177 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The options of [snapshot_ext]."""
+
+import typing
+
+from oslo_config import cfg
+
+GROUP = cfg.OptGroup(
+    'snapshot_ext',
+    title='Instance snapshots',
+    help="""
+How instance snapshots are taken by ``nova_snapshot_ext``.
+
+To load it, nova.conf of nova-compute names it as a source of configuration::
+
+    [DEFAULT]
+    config_source = snapshot_ext
+    [snapshot_ext]
+    driver = snapshot_ext
+""")
+
+OPTS = [
+    cfg.ListOpt(
+        'flows',
+        default=['live', 'cold'],
+        help="""
+The flows that may serve when nobody asks for one, best first.
+
+The first flow that can serve a guest as it is now takes the snapshot. Why
+each earlier one was passed over is logged.
+
+Possible values:
+
+* names of installed flows: ``live`` (a running guest, by a block copy),
+  ``cold`` (a guest that is off, or stopped for a moment by a managed save)
+
+Related options:
+
+* ``request_flows``
+* ``[workarounds] disable_libvirt_livesnapshot`` takes ``live`` out
+"""),
+    cfg.ListOpt(
+        'request_flows',
+        default=['live', 'cold'],
+        help="""
+The flows that a tenant may ask for by the image property ``snapshot_flow``.
+
+A flow that a flavor names by the extra spec ``snapshot_ext:flow`` is the
+operator's choice, and need not be listed.
+
+Possible values:
+
+* names of installed flows, or nothing to refuse every such request
+"""),
+    cfg.ListOpt(
+        'transfers',
+        default=['staged'],
+        help="""
+How the frozen disk becomes an image, best first; the first that can serve
+does.
+
+Possible values:
+
+* names of installed transfers: ``staged`` (``qemu-img convert`` into a file
+  in ``[libvirt] snapshots_directory``)
+"""),
+    cfg.StrOpt(
+        'image_service',
+        default='glance',
+        help="""
+Where images land.
+
+Possible values:
+
+* ``glance``
+* ``directory``: a file and a JSON document in ``image_directory``. The image
+  that Nova's API made in Glance gets no data then and stays ``queued``.
+"""),
+    cfg.StrOpt(
+        'image_directory',
+        help="""
+The directory of the image service ``directory``.
+
+Possible values:
+
+* an absolute path that exists and is writable
+"""),
+    cfg.StrOpt(
+        'verify',
+        default='size',
+        choices=[
+            ('size', 'the image service must report the exact size sent'),
+            ('hash', 'it must report the hash of the bytes sent as well'),
+        ],
+        help="""
+What is compared before an image counts as taken.
+
+Snapshots whose disk is deleted afterwards (shelve, cross-cell resize) are
+always compared by hash.
+"""),
+    cfg.StrOpt(
+        'encrypted',
+        default='nova',
+        choices=[
+            ('nova', "Nova's own snapshot serves"),
+            ('refuse', 'no snapshot is taken'),
+        ],
+        help="""
+What happens to snapshots of guests whose root disk is encrypted.
+
+No flow reads such a disk: its image would hold the plain text.
+"""),
+    cfg.StrOpt(
+        'state_directory',
+        help="""
+Where undo logs and sockets are kept while a snapshot is in flight.
+
+It must be on a local disk that survives a reboot, writable by nova-compute's
+user, and not longer than 55 bytes (a socket's path is limited to 107).
+
+Possible values:
+
+* an absolute path; by default ``snapshot-ext`` in ``[DEFAULT] state_path``
+"""),
+    cfg.StrOpt(
+        'managed_save_directory',
+        default='/var/lib/libvirt/qemu/save',
+        help="""
+Where libvirt saves the memory of a stopped guest, to look for room there.
+
+Related options:
+
+* ``save_image_format`` and the build of libvirt decide what is written there
+"""),
+    cfg.IntOpt(
+        'freeze_timeout',
+        default=10,
+        min=1,
+        help="""
+Seconds after which a guest's file systems are thawed whatever happens.
+
+A guest that was thawed before its disk was frozen gives an image of the
+consistency ``crash``, or no image if it must be quiesced.
+"""),
+    cfg.IntOpt(
+        'copy_timeout',
+        default=3600,
+        min=1,
+        help='Seconds that the block copy of the flow ``live`` may take.'),
+    cfg.IntOpt(
+        'convert_timeout',
+        default=6 * 3600,
+        min=1,
+        help='Seconds that ``qemu-img convert`` may take.'),
+]
+
+
+def register_opts(conf: cfg.ConfigOpts) -> None:
+    """Register [snapshot_ext]; calling it twice does no harm."""
+    conf.register_group(GROUP)
+    conf.register_opts(OPTS, group=GROUP)
+
+
+def list_opts() -> list[tuple[cfg.OptGroup, list[typing.Any]]]:
+    """What the sample configuration is generated from."""
+    return [(GROUP, list(OPTS))]

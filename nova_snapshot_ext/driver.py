@@ -1,0 +1,313 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Nova's door: the only module that imports Nova."""
+
+import collections.abc
+import contextlib
+import os
+import typing
+
+import nova.conf
+from nova import context as nova_context
+from nova.compute import task_states
+from nova.compute import utils as compute_utils
+from nova import exception as nova_exception
+from nova import objects
+import nova.privsep.path
+from nova import service_auth
+from nova import utils as nova_utils
+from nova.virt.libvirt import driver as libvirt_driver
+from oslo_log import log as logging
+
+from nova_snapshot_ext import conf
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import plugins
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import selection
+from nova_snapshot_ext import snapshot
+
+LOG = logging.getLogger(__name__)
+CONF = nova.conf.CONF
+
+REQUEST_PROPERTY = 'snapshot_flow'
+FLAVOR_SPEC = 'snapshot_ext:flow'
+_SERVED_VIRT_TYPES = ('kvm', 'qemu')
+# Callers that keep the disk whatever becomes of the image.
+_DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
+
+UpdateTaskState = collections.abc.Callable[..., None]
+
+
+class NovaHost:
+    """Nova's rights: its privileged functions, and its CPU management."""
+
+    def __init__(self, driver: libvirt_driver.LibvirtDriver,
+                 instance: objects.Instance) -> None:
+        self._driver = driver
+        self._instance = instance
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        nova.privsep.path.chown(path, uid=uid, gid=gid)
+
+    def power_up_cpus(self) -> None:
+        self._driver.cpu_api.power_up_for_instance(self._instance)
+
+
+class SnapshotLibvirtDriver(libvirt_driver.LibvirtDriver):  # type: ignore[misc]
+    """Nova's libvirt driver, with snapshots taken by this package."""
+
+    def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
+        conf.register_opts(CONF)
+        super().__init__(virtapi, read_only=read_only)
+
+    def init_host(self, host: str) -> None:
+        super().init_host(host)
+        _check_configuration()
+        LOG.info('Snapshots are taken by nova_snapshot_ext: flows %s, '
+                 'transfers %s, image service %s',
+                 ', '.join(CONF.snapshot_ext.flows),
+                 ', '.join(CONF.snapshot_ext.transfers),
+                 CONF.snapshot_ext.image_service)
+
+    def snapshot(self, context: nova_context.RequestContext,
+                 instance: objects.Instance, image_id: str,
+                 update_task_state: UpdateTaskState) -> None:
+        """Take a snapshot of an instance into an image that Glance has.
+
+        :param update_task_state: as Nova's callers give it; it ends in
+            IMAGE_UPLOADING
+        :raises nova.exception.InstanceNotFound, InstanceNotRunning: if the
+            guest is gone
+        :raises nova.exception.ImageNotFound: if the image is gone
+        :raises nova.exception.NovaException: if no snapshot was taken
+        """
+        with _reported(context, instance), _translated(instance, image_id):
+            why = self._why_nova_serves(instance)
+            if why is None:
+                why = self._snapshot(
+                    context, instance, image_id, update_task_state)
+        if why is not None:
+            LOG.info("Nova's own snapshot serves: %s", why,
+                     instance=instance)
+            super().snapshot(context, instance, image_id, update_task_state)
+
+    def _why_nova_serves(self, instance: objects.Instance) -> str | None:
+        """What this package leaves to Nova, None if it serves.
+
+        :raises UnsafeDisk: if the disk is encrypted and must not be read
+        """
+        if CONF.libvirt.virt_type not in _SERVED_VIRT_TYPES:
+            return f'[libvirt] virt_type is {CONF.libvirt.virt_type}'
+        disk = self._our_guest(instance).root_disk()
+        if disk.kind not in ('file', 'block'):
+            return f'its root disk is a {disk.kind} disk'
+        if disk.encrypted or CONF.ephemeral_storage_encryption.enabled:
+            if CONF.snapshot_ext.encrypted == 'refuse':
+                raise exception.UnsafeDisk(
+                    'Its root disk is encrypted, and [snapshot_ext] '
+                    'encrypted = refuse')
+            return 'its root disk is encrypted'
+        return None
+
+    def _snapshot(self, context: nova_context.RequestContext,
+                  instance: objects.Instance, image_id: str,
+                  update_task_state: UpdateTaskState) -> str | None:
+        """:returns: why no flow can serve, if none was asked for by name"""
+        guest = self._our_guest(instance)
+        image = self._image_api.get(context, image_id)
+        disk = guest.root_disk()
+        wished = selection.wish(
+            _requested_flow(instance, image),
+            instance.flavor.extra_specs.get(FLAVOR_SPEC),
+            CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
+        request = self._request(instance, disk.format, disk.block)
+        service = _image_service(context, image_id)
+        try:
+            planned = snapshot.plan(
+                guest, wished, CONF.snapshot_ext.transfers, request)
+        except exception.NoFlowServes as error:
+            if wished.exact:
+                raise
+            return str(error)
+        update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
+
+        def before_upload() -> None:
+            update_task_state(
+                task_state=task_states.IMAGE_UPLOADING,
+                expected_state=task_states.IMAGE_PENDING_UPLOAD)
+
+        with compute_utils.disk_ops_semaphore:
+            snapshot.take(
+                guest, NovaHost(self, instance), planned, request, service,
+                self._description(instance, image, request.image_format),
+                verify_hash=_must_verify_hash(instance),
+                before_upload=before_upload)
+        return None
+
+    def _our_guest(self, instance: objects.Instance) -> guests.Guest:
+        """:raises nova.exception.InstanceNotRunning: if it has no domain"""
+        try:
+            return guests.Guest(self._host.get_guest(instance)._domain)
+        except nova_exception.InstanceNotFound as error:
+            raise nova_exception.InstanceNotRunning(
+                instance_id=instance.uuid) from error
+
+    def _request(self, instance: objects.Instance, disk_format: str,
+                 block: bool) -> requests.Request:
+        image_format = CONF.libvirt.snapshot_image_format or (
+            'raw' if block else disk_format)
+        directory = CONF.libvirt.snapshots_directory
+        with contextlib.suppress(OSError):
+            os.makedirs(directory, exist_ok=True)
+        disabled = {}
+        if CONF.workarounds.disable_libvirt_livesnapshot:
+            disabled['live'] = (
+                '[workarounds] disable_libvirt_livesnapshot is set')
+        return requests.Request(
+            image_format=image_format,
+            compress=CONF.libvirt.snapshot_compression,
+            quiesce=_quiesce(instance),
+            staging_directory=directory,
+            staging_setting='[libvirt] snapshots_directory',
+            state_directory=state_directory(),
+            managed_save_directory=CONF.snapshot_ext.managed_save_directory,
+            freeze_timeout=CONF.snapshot_ext.freeze_timeout,
+            copy_timeout=CONF.snapshot_ext.copy_timeout,
+            convert_timeout=CONF.snapshot_ext.convert_timeout,
+            disabled_flows=disabled)
+
+    def _description(self, instance: objects.Instance,
+                     image: dict[str, typing.Any],
+                     image_format: str) -> images.Description:
+        """What Nova's own driver sets, without what must not be kept."""
+        metadata = self._create_snapshot_metadata(
+            instance.image_meta, instance, image_format, image['name'])
+        # Glance takes no None, and Nova leaves these two out then.
+        properties = {name: str(value)
+                      for name, value in metadata['properties'].items()
+                      if value not in (None, '')}
+        removed = {name for name in image['properties']
+                   if name.startswith(snapshot.PROPERTY)}
+        if not _inherited_request(instance, image):
+            removed.add(REQUEST_PROPERTY)
+        return images.Description(
+            name=metadata['name'], disk_format=metadata['disk_format'],
+            container_format=metadata['container_format'],
+            properties=properties, removed=frozenset(removed))
+
+
+def state_directory() -> str:
+    """Where undo logs and sockets are kept."""
+    return (CONF.snapshot_ext.state_directory
+            or os.path.join(CONF.state_path, 'snapshot-ext'))
+
+
+def _check_configuration() -> None:
+    """:raises InvalidSetting: if a name in [snapshot_ext] stands for nothing
+
+    Said at start, where an operator looks; snapshots say it again.
+    """
+    group = CONF.snapshot_ext
+    for namespace, option, names in (
+            (plugins.FLOWS, 'flows', group.flows),
+            (plugins.FLOWS, 'request_flows', group.request_flows),
+            (plugins.TRANSFERS, 'transfers', group.transfers),
+            (plugins.IMAGE_SERVICES, 'image_service',
+             [group.image_service])):
+        for name in names:
+            plugins.load(namespace, name, f'[snapshot_ext] {option}')
+
+
+def _requested_flow(instance: objects.Instance,
+                    image: dict[str, typing.Any]) -> str | None:
+    flow: str | None = image['properties'].get(REQUEST_PROPERTY)
+    return flow
+
+
+def _inherited_request(instance: objects.Instance,
+                       image: dict[str, typing.Any]) -> bool:
+    """Whether the instance's own image asks for this flow too.
+
+    Nova copies the properties of an instance's image to its snapshots. What
+    the operator put on the image is meant for all of them; what a tenant
+    asked for once is not.
+    """
+    inherited = instance.system_metadata.get(f'image_{REQUEST_PROPERTY}')
+    return (inherited is not None
+            and inherited == image['properties'].get(REQUEST_PROPERTY))
+
+
+def _quiesce(instance: objects.Instance) -> requests.Quiesce:
+    properties = instance.image_meta.properties
+    if properties.get('os_require_quiesce', False):
+        return requests.Quiesce.REQUIRED
+    if properties.get('hw_qemu_guest_agent', False):
+        return requests.Quiesce.IF_POSSIBLE
+    return requests.Quiesce.NEVER
+
+
+def _must_verify_hash(instance: objects.Instance) -> bool:
+    return (CONF.snapshot_ext.verify == 'hash'
+            or instance.task_state not in _DISK_KEPT)
+
+
+def _image_service(context: nova_context.RequestContext,
+                   image_id: str) -> images.ImageService:
+    name = CONF.snapshot_ext.image_service
+    service: images.ImageService = plugins.load(
+        plugins.IMAGE_SERVICES, name, '[snapshot_ext] image_service')(
+            images.Destination(
+                glance=_glance(context), image_id=image_id,
+                retries=CONF.glance.num_retries,
+                directory=CONF.snapshot_ext.image_directory,
+                directory_setting='[snapshot_ext] image_directory'))
+    return service
+
+
+def _glance(context: nova_context.RequestContext) -> typing.Any:
+    """openstacksdk's image proxy with the rights of the request: [glance]
+    and [service_user] say how."""
+    return nova_utils.get_sdk_adapter(
+        'image', admin=False, context=context,
+        ksa_auth=service_auth.get_service_user_token_auth_plugin(context))
+
+
+@contextlib.contextmanager
+def _reported(context: nova_context.RequestContext,
+              instance: objects.Instance) -> collections.abc.Iterator[None]:
+    """Say in the server's events how it ended.
+
+    Nova's own event of a snapshot ends when the work is queued.
+    """
+    with compute_utils.EventReporter(
+            context, 'snapshot_ext_snapshot', CONF.host, instance.uuid):
+        yield
+
+
+@contextlib.contextmanager
+def _translated(instance: objects.Instance,
+                image_id: str) -> collections.abc.Iterator[None]:
+    """Our errors as Nova's callers know them, logged once."""
+    try:
+        yield
+    except exception.GuestGone as error:
+        LOG.info('%s while its snapshot was taken', error, instance=instance)
+        raise nova_exception.InstanceNotFound(
+            instance_id=instance.uuid) from error
+    except exception.ImageGone as error:
+        raise nova_exception.ImageNotFound(image_id=image_id) from error
+    except (exception.SnapshotError, OSError) as error:
+        LOG.error('No snapshot was taken: %s', error, instance=instance)
+        raise nova_exception.NovaException(str(error)) from error

@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What a flow is: how a guest's disks are frozen at one instant."""
+
+import abc
+import collections.abc
+import contextlib
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+
+Disks = collections.abc.Sequence[disks_.Disk]
+
+
+class Flow(abc.ABC):
+    """A way to freeze; installed as ``nova_snapshot_ext.flows``.
+
+    One instance serves any number of snapshots, also at the same time.
+    """
+
+    @abc.abstractmethod
+    def obstacle(self, guest: guests.Guest, disks: Disks,
+                 request: requests.Request) -> str | None:
+        """Say why this flow can't serve, or None. Never touches the guest.
+
+        :returns: words that an operator understands, to follow the flow's
+            name
+        :raises GuestGone: if there is no guest any more
+        """
+
+    @abc.abstractmethod
+    def freeze(
+            self, guest: guests.Guest, disks: Disks,
+            request: requests.Request, log: undo.UndoLog,
+    ) -> contextlib.AbstractContextManager[frozen.Frozen]:
+        """Freeze the disks for as long as the context lasts.
+
+        Whatever is changed or left behind has its undo pushed before; what
+        is left of it in the log is run when the context ends, at the latest.
+        The guest is in the state that it had when the context is entered,
+        if the flow can freeze it so, and in any case when it is left.
+
+        :raises GuestGone: if the guest vanished
+        :raises SnapshotError: if the disks can't be frozen
+        """
+
+    def staging_bytes(self, disk: disks_.Disk, capacity: int) -> int:
+        """Bytes that it may put into the staging directory for a disk.
+
+        :param capacity: the disk's size in bytes
+        """
+        return 0

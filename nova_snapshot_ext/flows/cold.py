@@ -1,0 +1,297 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The flow ``cold``: a guest that is off, or is stopped for a moment.
+
+A guest that runs is stopped with its memory saved, gets an internal snapshot
+in its qcow2 disks, and is started again at once; the snapshot is read while
+it runs on. What that rests on is in the documentation of the flow. Disks
+that can't hold an internal snapshot are read while the guest is stopped.
+"""
+
+import collections.abc
+import contextlib
+import os
+import time
+import uuid
+
+from oslo_log import log as logging
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.flows import base
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import qemu_img
+from nova_snapshot_ext import qemu_nbd
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+LOG = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+# How long a managed save that its owner did not live to see may take.
+_SAVE_TIMEOUT_S = 600.0
+
+
+@undo.step
+@undo.with_guest
+def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
+    """Start a guest that we stopped. After a reboot that is Nova's to do."""
+    if around.rebooted:
+        return
+    deadline = time.monotonic() + _SAVE_TIMEOUT_S
+    while guest.job_under_way() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    if guest.state() is guests.State.SHUTOFF and guest.has_managed_save():
+        around.host.power_up_cpus()
+        guest.start()
+
+
+@undo.step
+@undo.with_guest
+def attach_device(around: undo.Surroundings, guest: guests.Guest,
+                  device: str) -> None:
+    """Give back a device of the host, once the guest runs again."""
+    if not around.rebooted and guest.state() is not guests.State.SHUTOFF:
+        guest.attach(device)
+
+
+@undo.step
+def restore_owner(around: undo.Surroundings, path: str, uid: int,
+                  gid: int) -> None:
+    """Give a block device back to whom it belonged."""
+    if os.path.exists(path):
+        around.host.chown(path, uid, gid)
+
+
+@undo.step
+def delete_internal_snapshot(around: undo.Surroundings, path: str,
+                             name: str) -> None:
+    """Delete it, by QEMU's monitor or qemu-img, and see that it is gone.
+
+    :raises SnapshotError: if it is still there
+    """
+    for _ in range(5):
+        with contextlib.suppress(exception.GuestGone):
+            if not _has_snapshot(around, path, name):
+                return
+            # The guest may start or stop meanwhile: then the other way is
+            # the right one, and the next round takes it.
+            try:
+                _delete_snapshot(around, path, name)
+            except exception.SnapshotError as error:
+                LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
+                time.sleep(0.2)
+    if _has_snapshot(around, path, name):
+        raise exception.SnapshotError(
+            f'The internal snapshot {name} of {path} can not be deleted')
+
+
+def _opened_by_guest(around: undo.Surroundings) -> guests.Guest | None:
+    if around.guest is None:
+        return None
+    try:
+        off = around.guest.state() is guests.State.SHUTOFF
+    except exception.GuestGone:
+        return None
+    return None if off else around.guest
+
+
+def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:
+    guest = _opened_by_guest(around)
+    if guest is not None:
+        node = guest.format_node(path)
+        found = {} if node is None else node['image']
+    elif os.path.exists(path):
+        found = disks_.image_info(disks_.Layer(path, 'qcow2'))
+    else:
+        found = {}
+    return any(snapshot['name'] == name
+               for snapshot in found.get('snapshots', ()))
+
+
+def _delete_snapshot(around: undo.Surroundings, path: str,
+                     name: str) -> None:
+    guest = _opened_by_guest(around)
+    if guest is None:
+        _qemu_img_snapshot(around, '-d', name, path)
+        return
+    node = guest.format_node(path)
+    if node is not None:
+        # virDomainSnapshotDelete answers 0 and does nothing where a raw
+        # disk is attached as well (libvirt 9.0, which ignores what HMP's
+        # delvm answers).
+        guest.monitor('blockdev-snapshot-delete-internal-sync',
+                      device=node['node-name'], name=name)
+
+
+def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
+                       path: str) -> None:
+    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+    if not os.access(path, os.W_OK):
+        # libvirt gives the disk of a stopped guest to root where it could
+        # not remember whose it was, and back to QEMU at the next start.
+        around.host.chown(path, os.getuid(), -1)
+    qemu_img.run('snapshot', action, name, '--image-opts',
+                 disks_.image_opts(disks_.layer_options(
+                     disks_.Layer(path, 'qcow2'))))
+
+
+class ColdFlow(base.Flow):
+    """Touches the guest, for the moment that it is stopped, and its disks'
+    tables of internal snapshots."""
+
+    def obstacle(self, guest: guests.Guest, disks: base.Disks,
+                 request: requests.Request) -> str | None:
+        state = guest.state()
+        if state is guests.State.OTHER:
+            return f'the guest is {state.value}'
+        for disk in disks:
+            if disk.kind not in ('file', 'block'):
+                return (f'{disk.target} is a {disk.kind} disk, not a file '
+                        f'or a block device')
+            for layer in disks_.chain_of(disk):
+                if not layer.block and not os.access(layer.path, os.R_OK):
+                    return (f'user {os.getuid()} can not read {layer.path}, '
+                            f'which {disk.target} is made of')
+        if state is guests.State.SHUTOFF:
+            return None
+        return self._obstacle_to_stopping(guest, request)
+
+    def _obstacle_to_stopping(self, guest: guests.Guest,
+                              request: requests.Request) -> str | None:
+        if not request.may_stop:
+            return ('it would stop a guest that Nova owns, and Nova would '
+                    'power it off for good')
+        if request.quiesce is requests.Quiesce.REQUIRED:
+            return ('the guest must be quiesced (os_require_quiesce), and '
+                    'is stopped instead')
+        if not guest.is_persistent():
+            return 'the guest is transient: stopped, it would be gone'
+        if guest.job_under_way():
+            return 'another job of the guest is under way'
+        for disk in guest.disks():
+            job = guest.block_job(disk.target)
+            if job is not None:
+                return f'{disk.target} has a block job ({job.kind})'
+        why = guest.why_not_savable()
+        if why is not None:
+            return why
+        needed = guest.memory_bytes()
+        free = workspace.free_bytes(request.managed_save_directory)
+        if free < needed:
+            return (f'its memory may take {needed} bytes in '
+                    f'{request.managed_save_directory}, where {free} are '
+                    f'free')
+        return None
+
+    @contextlib.contextmanager
+    def freeze(
+            self, guest: guests.Guest, disks: base.Disks,
+            request: requests.Request, log: undo.UndoLog,
+    ) -> collections.abc.Iterator[frozen.Frozen]:
+        sources = [_Source(guest, disk) for disk in disks]
+        pause = frozen.Pause()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(log.scope())
+            sockets = workspace.make_directory(request.state_directory, log)
+            if guest.state() is guests.State.SHUTOFF:
+                consistency = _consistency_of_stopped(guest)
+            else:
+                consistency = frozen.Consistency.CRASH
+                back = _stop(guest, log, pause)
+                if all(source.hold_internally(log) for source in sources):
+                    back()
+                else:
+                    stack.callback(back)
+            # Whatever reading leaves behind is undone before the guest is
+            # started, where it is still off.
+            stack.enter_context(log.scope())
+            yield frozen.Frozen(
+                tuple(stack.enter_context(source.serving(sockets, log))
+                      for source in sources), consistency, pause)
+
+
+def _consistency_of_stopped(guest: guests.Guest) -> frozen.Consistency:
+    if guest.was_shut_down() and not guest.has_managed_save():
+        return frozen.Consistency.STOPPED
+    return frozen.Consistency.CRASH
+
+
+def _stop(guest: guests.Guest, log: undo.UndoLog,
+          pause: frozen.Pause) -> collections.abc.Callable[[], None]:
+    """Take the guest's host devices, save its memory and stop it.
+
+    :returns: what brings all of it back
+    """
+    way_back = []
+    for device in guest.host_devices():
+        way_back.append(log.push(attach_device, device=device))
+        guest.detach(device)
+    start = log.push(start_guest)
+    pause.begin()
+    guest.save_memory()
+
+    def back() -> None:
+        start.run()
+        pause.end()
+        for entry in reversed(way_back):
+            entry.run()
+    return back
+
+
+class _Source:
+    """One disk, and how it is read while it is frozen."""
+
+    def __init__(self, guest: guests.Guest, disk: disks_.Disk) -> None:
+        # Asked while it runs: libvirt knows the chain then.
+        self._chain = disks_.chain_of(disk)
+        self._capacity = guest.capacity(disk.target)
+        self._target = disk.target
+        self._snapshot: str | None = None
+
+    def hold_internally(self, log: undo.UndoLog) -> bool:
+        """Make an internal snapshot, if the disk can hold one."""
+        top = self._chain[0]
+        if top.format != 'qcow2' or top.block:
+            return False
+        name = f'snapshot-ext-{uuid.uuid4().hex}'
+        log.push(delete_internal_snapshot, path=top.path, name=name)
+        _qemu_img_snapshot(log.surroundings, '-c', name, top.path)
+        self._snapshot = name
+        return True
+
+    def serving(
+            self, sockets: str, log: undo.UndoLog,
+    ) -> contextlib.AbstractContextManager[frozen.FrozenDisk]:
+        options = disks_.chain_options(self._chain)
+        if self._snapshot is not None:
+            # The guest holds the locks of the file; the clusters of an
+            # internal snapshot are not written as long as it exists.
+            options['force-share'] = 'on'
+            options['file.locking'] = 'off'
+        for layer in self._chain:
+            self._make_readable(layer, log)
+        return qemu_nbd.serving(
+            options, os.path.join(sockets, self._target), self._target,
+            self._capacity, log, self._snapshot)
+
+    def _make_readable(self, layer: disks_.Layer,
+                       log: undo.UndoLog) -> None:
+        if not layer.block or os.access(layer.path, os.R_OK):
+            return
+        status = os.stat(layer.path)
+        log.push(restore_owner, path=layer.path, uid=status.st_uid,
+                 gid=status.st_gid)
+        log.surroundings.host.chown(layer.path, os.getuid(), -1)

@@ -1,0 +1,137 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The guard: a process that brings a guest back when its owner can not.
+
+It watches a pipe to the process that takes the snapshot. When that closes,
+the process is dead or done; the guard takes the undo log's lock and runs what
+is left in it. While the process lives, it runs only what is overdue: a guest
+is not left frozen because something else hangs.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+import types
+
+import libvirt
+from oslo_log import log as logging
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import plugins
+from nova_snapshot_ext import undo
+
+LOG = logging.getLogger(__name__)
+
+_READY = b'r'
+_START_TIMEOUT_S = 60.0
+_POLL_S = 0.25
+
+
+class Guard(contextlib.AbstractContextManager['Guard']):
+    """The guard's life, in the process that it guards.
+
+    Enter it before the undo log and start it with :meth:`watch`: it then
+    ends after the log.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def watch(self, log: undo.UndoLog) -> None:
+        """Start the guard of a log, and wait until it stands.
+
+        :raises FreezeFailed: if it can't be started
+        """
+        # A session of its own: a signal for our group is not for the guard.
+        self._process = subprocess.Popen(
+            [sys.executable, '-m', 'nova_snapshot_ext.guard', log.path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True)
+        assert self._process.stdout is not None
+        answer = self._process.stdout.fileno()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        # select first: under eventlet a read would hold up every greenlet.
+        if not select.select([answer], [], [], deadline - time.monotonic())[
+                0] or os.read(answer, 1) != _READY:
+            raise exception.FreezeFailed(
+                f'The guard of {log.path} did not start')
+
+    def __exit__(self, kind: type[BaseException] | None,
+                 error: BaseException | None,
+                 traceback: types.TracebackType | None) -> None:
+        if self._process is None:
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()
+
+
+def find_guest(uri: str, uuid: str) -> guests.Guest | None:
+    """A domain of a libvirt, None if it does not exist.
+
+    :raises libvirt.libvirtError: if libvirt can't be asked
+    """
+    try:
+        return guests.Guest.find(libvirt.open(uri), uuid)
+    except exception.GuestGone:
+        return None
+
+
+def _stand_guard(path: str) -> None:
+    """Return when the owner's end of the pipe closes."""
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
+    tried: set[int] = set()
+    while not select.select([sys.stdin], [], [], _POLL_S)[0]:
+        try:
+            log = undo.read(path)
+        except (FileNotFoundError, ValueError):
+            continue
+        for number, pending in sorted(log.pending.items(), reverse=True):
+            if (pending.overdue is None or pending.overdue > undo.uptime()
+                    or number in tried):
+                continue
+            tried.add(number)
+            LOG.warning('Its owner is late: running %s of %s',
+                        pending.step, path)
+            try:
+                pending.run(undo.Surroundings(
+                    find_guest(log.uri, log.domain), hosts.PlainHost()))
+            except Exception:
+                LOG.exception('%s of %s failed', pending.step, path)
+
+
+def main() -> int:
+    """The process: one argument, the undo log's path."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('undo_log')
+    path = parser.parse_args().undo_log
+    plugins.load_all()
+    _stand_guard(path)
+    try:
+        log = undo.UndoLog.adopt(path, find_guest, hosts.PlainHost())
+    except (FileNotFoundError, exception.GuestBusy):
+        return 0
+    log.unwind()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

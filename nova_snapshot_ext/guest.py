@@ -1,0 +1,415 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The calls of libvirt that we use, typed: a thin wrapper of one domain.
+
+Nothing here knows why it is called. Errors of libvirt come out as
+:class:`LibvirtError` or, if the domain is gone, as GuestGone.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import enum
+import json
+import os
+import time
+import typing
+from xml.etree import ElementTree
+
+import libvirt
+import libvirt_qemu
+
+from nova_snapshot_ext import disk
+from nova_snapshot_ext import exception
+
+AGENT_CHANNEL = 'org.qemu.guest_agent.0'
+NOVA_METADATA = '{http://openstack.org/xmlns/libvirt/nova/1.1}instance'
+
+#: codes that say the agent got no command: it froze nothing, and will not
+#: (virterror.h; a command sent but not answered is AGENT_COMMAND_TIMEOUT)
+AGENT_NOT_REACHED = (
+    libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
+    libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+    libvirt.VIR_ERR_OPERATION_INVALID,
+)
+
+#: what libvirt can take from a running guest and give back to it
+_DETACHABLE = ('./devices/hostdev[@type="pci"]',
+               './devices/hostdev[@type="mdev"]',
+               './devices/interface[@type="hostdev"]')
+#: what keeps a guest's memory from being saved, or devices from coming back
+_UNSAVABLE = {
+    './devices/hostdev[@type="usb"]': 'a USB device of the host',
+    './devices/hostdev[@type="scsi"]': 'a SCSI device of the host',
+    './devices/hostdev[@type="scsi_host"]': 'a vhost-scsi device',
+    './devices/interface[@type="vdpa"]': 'a vDPA interface',
+    './devices/filesystem': 'a shared file system',
+    './devices/shmem': 'shared memory with the host',
+    './devices/tpm/backend[@type="passthrough"]': "the host's TPM",
+    './launchSecurity': 'encrypted memory',
+}
+# Devices leave when the guest's kernel lets them go (ACPI, virDomain
+# DetachDeviceFlags: "removal may be asynchronous").
+_DETACH_TIMEOUT_S = 20.0
+
+
+class LibvirtError(exception.SnapshotError):
+    """libvirt refused a call."""
+
+    def __init__(self, what: str, error: libvirt.libvirtError) -> None:
+        """:param what: what was tried, for the message"""
+        super().__init__(f'{what}: {error.get_error_message()}')
+        self.code: int = error.get_error_code()
+
+
+class State(enum.Enum):
+    """A domain's state, as far as a snapshot has to tell them apart."""
+
+    RUNNING = 'running'
+    PAUSED = 'paused'
+    SHUTOFF = 'shut off'
+    #: shutting down, crashed, suspended by its own ACPI, …
+    OTHER = 'in transition'
+
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: State.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: State.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTOFF: State.SHUTOFF,
+    libvirt.VIR_DOMAIN_CRASHED: State.SHUTOFF,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockJob:
+    """The block job of one disk."""
+
+    #: ``copy``, ``commit``, ``backup`` … or '' where libvirt names none
+    kind: str
+    #: path of the job's other end, '' where there is none
+    mirror: str
+    #: both ends are equal and will be kept so
+    ready: bool
+
+
+class Guest:
+    """One libvirt domain: its state, its disks, and what is done to them."""
+
+    def __init__(self, domain: libvirt.virDomain) -> None:
+        self._domain = domain
+        self.uuid: str = domain.UUIDString()
+        self.name: str = domain.name()
+
+    @classmethod
+    def find(cls, connection: libvirt.virConnect, which: str) -> 'Guest':
+        """:param which: a domain's UUID or name
+
+        :raises GuestGone: if there is none
+        """
+        for lookup in (connection.lookupByUUIDString,
+                       connection.lookupByName):
+            try:
+                return cls(lookup(which))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() not in (
+                        libvirt.VIR_ERR_NO_DOMAIN,
+                        libvirt.VIR_ERR_INVALID_ARG):
+                    raise LibvirtError(f'Looking for domain {which}',
+                                       error) from error
+        raise exception.GuestGone(f'There is no domain {which}')
+
+    @contextlib.contextmanager
+    def _calling(self, what: str) -> collections.abc.Iterator[None]:
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                raise exception.GuestGone(
+                    f'Domain {self.name} is gone') from error
+            raise LibvirtError(f'{what} of {self.name}', error) from error
+
+    # What it is
+
+    @property
+    def uri(self) -> str:
+        """The URI of the libvirt connection."""
+        uri: str = self._domain.connect().getURI()
+        return uri
+
+    def state(self) -> State:
+        with self._calling('State'):
+            return _STATES.get(self._domain.state()[0], State.OTHER)
+
+    def was_shut_down(self) -> bool:
+        """Whether it is off because it shut itself down in good order."""
+        with self._calling('State'):
+            return list(self._domain.state()) == [
+                libvirt.VIR_DOMAIN_SHUTOFF,
+                libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+
+    def is_persistent(self) -> bool:
+        with self._calling('Persistence'):
+            return bool(self._domain.isPersistent())
+
+    def has_managed_save(self) -> bool:
+        with self._calling('Managed save'):
+            return bool(self._domain.hasManagedSaveImage(0))
+
+    def memory_bytes(self) -> int:
+        """The memory that it may have in use now."""
+        with self._calling('Memory'):
+            kib: int = self._domain.info()[2]
+        return kib * 1024
+
+    def description(self, inactive: bool = False) -> ElementTree.Element:
+        """Its XML, as an element, without secrets."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+        with self._calling('Description'):
+            return ElementTree.fromstring(self._domain.XMLDesc(flags))
+
+    def belongs_to_nova(self) -> bool:
+        """Whether Nova made it: Nova would act on what happens to it."""
+        return self.description().find(
+            f'./metadata/{NOVA_METADATA}') is not None
+
+    def disks(self) -> tuple[disk.Disk, ...]:
+        """Every ``<disk>``, in libvirt's order."""
+        return tuple(disk.Disk.from_element(element) for element in
+                     self.description().findall('./devices/disk'))
+
+    def root_disk(self) -> disk.Disk:
+        """The first disk that is one: Nova's root disk is always the first.
+
+        :raises UnsafeDisk: if there is none
+        """
+        for found in self.disks():
+            if found.device == 'disk':
+                return found
+        raise exception.UnsafeDisk(f'{self.name} has no disk')
+
+    def capacity(self, target: str) -> int:
+        """A disk's size in bytes, as the guest sees it."""
+        with self._calling(f'Size of {target}'):
+            size: int = self._domain.blockInfo(target)[0]
+        return size
+
+    def qemu_gid(self) -> int | None:
+        """The group that its QEMU runs as, None while it does not run.
+
+        libvirt's DAC label is ``+uid:+gid``
+        (https://libvirt.org/formatdomain.html, seclabel).
+        """
+        label = self.description().findtext(
+            './seclabel[@model="dac"]/label')
+        if not label:
+            return None
+        return int(label.rpartition(':')[2].lstrip('+'))
+
+    # Its jobs
+
+    def job_under_way(self) -> bool:
+        """Whether a job of the whole domain runs: backup, migration, …"""
+        with self._calling('Job'):
+            kind: int = self._domain.jobInfo()[0]
+        return kind not in (libvirt.VIR_DOMAIN_JOB_NONE,
+                            libvirt.VIR_DOMAIN_JOB_COMPLETED)
+
+    def block_job(self, target: str) -> BlockJob | None:
+        """The block job of a disk, None where there is none."""
+        with self._calling(f'Block job of {target}'):
+            info = self._domain.blockJobInfo(target, 0)
+        if not info:
+            return None
+        mirror = self.description().find(
+            f'./devices/disk/target[@dev="{target}"]/../mirror')
+        if mirror is None:
+            return BlockJob('', '', False)
+        source = mirror.find('source')
+        # cur == end alone is true before the copy began; libvirt shows
+        # ready in the XML when QEMU said so.
+        return BlockJob(
+            mirror.get('job', ''),
+            '' if source is None else source.get('file', ''),
+            mirror.get('ready') == 'yes')
+
+    def start_copy(self, target: str, overlay: str) -> None:
+        """Copy the top layer of a disk into an overlay made beforehand.
+
+        :param overlay: path of a qcow2 file with the disk's own backing
+            file and size
+        """
+        element = ElementTree.Element('disk', type='file')
+        ElementTree.SubElement(element, 'source', file=overlay)
+        ElementTree.SubElement(element, 'driver', type='qcow2')
+        with self._calling(f'Copy of {target}'):
+            # With TRANSIENT_JOB the domain may stay persistent: libvirt
+            # refuses a copy otherwise, because it could not take it up again
+            # after a restart of the guest.
+            self._domain.blockCopy(
+                target, ElementTree.tostring(element, encoding='unicode'), {},
+                libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+                | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+                | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB)
+
+    def end_block_job(self, target: str) -> None:
+        """End a disk's block job and wait until it is gone.
+
+        A copy that was ready stays, as of this moment.
+        """
+        with self._calling(f'End of the block job of {target}'):
+            self._domain.blockJobAbort(target, 0)
+
+    # Its file systems
+
+    def agent_connected(self) -> bool:
+        """Whether a guest agent has opened its channel."""
+        return self.description().find(
+            f'./devices/channel/target[@name="{AGENT_CHANNEL}"]'
+            '[@state="connected"]') is not None
+
+    @contextlib.contextmanager
+    def agent_timeout(
+            self, seconds: int) -> collections.abc.Iterator[None]:
+        """Have libvirt wait so long for an answer of the guest agent.
+
+        It waits for ever otherwise.
+        """
+        with self._calling('Time-out of the guest agent'):
+            self._domain.agentSetResponseTimeout(seconds, 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._domain.agentSetResponseTimeout(
+                    libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
+
+    def freeze_filesystems(self) -> int:
+        """:returns: how many were frozen"""
+        with self._calling('Freeze'):
+            count: int = self._domain.fsFreeze()
+        return count
+
+    def thaw_filesystems(self) -> int:
+        """:returns: how many were thawed, 0 if none was frozen"""
+        with self._calling('Thaw'):
+            count: int = self._domain.fsThaw()
+        return count
+
+    # Its memory and its devices
+
+    def why_not_savable(self) -> str | None:
+        """What keeps its memory from being saved, None if nothing does."""
+        description = self.description()
+        for path, what in _UNSAVABLE.items():
+            if description.find(path) is not None:
+                return f'it has {what}, which can not be saved'
+        for encryption in description.findall(
+                './devices/tpm/backend/encryption'):
+            secret = encryption.get('secret', '')
+            try:
+                self._domain.connect().secretLookupByUUIDString(secret)
+            except libvirt.libvirtError:
+                return ('libvirt no longer holds the secret of its TPM: it '
+                        'could not be started again')
+        return None
+
+    def save_memory(self) -> None:
+        """Stop it with its memory saved (managed save)."""
+        with self._calling('Managed save'):
+            self._domain.managedSave(0)
+
+    def start(self) -> None:
+        """Start it; from its saved memory if there is some, and in the
+        state, running or paused, that it had then."""
+        with self._calling('Start'):
+            self._domain.createWithFlags(0)
+
+    def suspend(self) -> None:
+        """Stop its CPUs; its state is then PAUSED."""
+        with self._calling('Suspend'):
+            self._domain.suspend()
+
+    def resume(self) -> None:
+        with self._calling('Resume'):
+            self._domain.resume()
+
+    def host_devices(self) -> list[str]:
+        """The XML of each device of the host that can be taken from it."""
+        description = self.description()
+        devices = []
+        for path in _DETACHABLE:
+            for element in description.findall(path):
+                for alias in element.findall('alias'):
+                    element.remove(alias)
+                devices.append(
+                    ElementTree.tostring(element, encoding='unicode'))
+        return devices
+
+    def detach(self, device: str) -> None:
+        """Take a device from the running guest; return when it left.
+
+        :param device: XML of :meth:`host_devices`
+        :raises LibvirtError: if libvirt can't
+        :raises FreezeFailed: if the guest does not let it go
+        """
+        with self._calling('Detach of a device'):
+            self._domain.detachDeviceFlags(
+                device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        deadline = time.monotonic() + _DETACH_TIMEOUT_S
+        while device in self.host_devices():
+            if time.monotonic() > deadline:
+                raise exception.FreezeFailed(
+                    f'{self.name} did not let go of a device within '
+                    f'{_DETACH_TIMEOUT_S:.0f} s: {device}')
+            time.sleep(0.1)
+
+    def attach(self, device: str) -> None:
+        """Give a device back, unless the running guest has it."""
+        if device in self.host_devices():
+            return
+        with self._calling('Attach of a device'):
+            self._domain.attachDeviceFlags(
+                device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    # Its internal snapshots, while it runs
+
+    def monitor(self, command: str, **arguments: typing.Any) -> typing.Any:
+        """A command of QEMU's monitor that libvirt has no call for.
+
+        libvirt marks the domain as tainted (``custom-monitor``) in its log.
+
+        :returns: the answer's ``return``
+        """
+        request = json.dumps({'execute': command, 'arguments': arguments})
+        with self._calling(command):
+            answer = json.loads(libvirt_qemu.qemuMonitorCommand(
+                self._domain, request, 0))
+        if 'error' in answer:
+            raise exception.SnapshotError(
+                f'{command} of {self.name}: {answer["error"]["desc"]}')
+        return answer['return']
+
+    def format_node(self, path: str) -> dict[str, typing.Any] | None:
+        """QEMU's description of the qcow2 node that a file is opened as.
+
+        :returns: an entry of ``query-named-block-nodes``, None if there is
+            none
+        """
+        for node in self.monitor('query-named-block-nodes'):
+            if node['drv'] == 'qcow2' and os.path.realpath(
+                    node['image']['filename']) == os.path.realpath(path):
+                found: dict[str, typing.Any] = node
+                return found
+        return None

@@ -1,0 +1,40 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What a flow may ask of whoever runs it, beyond libvirt."""
+
+import os
+import typing
+
+
+class Host(typing.Protocol):
+    """The rights and habits of the program that takes a snapshot."""
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        """Change a file's owner; -1 leaves one as it is.
+
+        :param path: a file in a directory of ours, or a guest's own disk
+        :raises OSError: if that is not allowed
+        """
+
+    def power_up_cpus(self) -> None:
+        """Have the guest's dedicated CPUs on line before it is started."""
+
+
+class PlainHost:
+    """A host without Nova: the rights of the process, and no more."""
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        os.chown(path, uid, gid, follow_symlinks=False)
+
+    def power_up_cpus(self) -> None:
+        pass

@@ -1,0 +1,131 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What an image service is: where the bytes of an image land."""
+
+import abc
+import collections.abc
+import dataclasses
+import typing
+
+from nova_snapshot_ext import request as requests
+
+
+class ImageBytes(abc.ABC):
+    """An image's bytes, as a transfer gives them to an image service."""
+
+    #: the exact number of bytes
+    length: int
+    #: the bytes stay readable after the disk is thawed
+    independent: bool
+
+    @abc.abstractmethod
+    def open(self) -> typing.BinaryIO:
+        """The bytes from the first one on, as often as it is asked for.
+
+        :raises TransferFailed: if they can't be had
+        """
+
+    @abc.abstractmethod
+    def digest(self, algorithm: str) -> str:
+        """The hash of all bytes, in hexadecimal.
+
+        :param algorithm: a name that hashlib knows
+        :raises TransferFailed: if it can't be computed
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is known of an image beside its bytes."""
+
+    name: str
+    #: Glance's names: ``qcow2``, ``raw``, ``vmdk``, ``vdi``
+    disk_format: str
+    container_format: str
+    properties: dict[str, str]
+    #: properties that the image may have and must not keep
+    removed: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where an image shall land; each service reads what concerns it."""
+
+    #: openstacksdk's image proxy, with the rights of whoever asked
+    glance: typing.Any = None
+    #: the image in Glance that waits for its bytes, None to make one
+    image_id: str | None = None
+    #: how often an upload is tried again when the connection breaks
+    retries: int = 0
+    #: a directory, and how whoever set it knows it
+    directory: str | None = None
+    directory_setting: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What the image service has now."""
+
+    #: Glance's id, or a path
+    location: str
+    length: int
+
+
+class ImageService(abc.ABC):
+    """One place for one image; installed as
+    ``nova_snapshot_ext.image_services``.
+    """
+
+    @abc.abstractmethod
+    def __init__(self, destination: Destination) -> None:
+        """:raises InvalidSetting: if the destination can't be used"""
+
+    @abc.abstractmethod
+    def publish(
+            self, image: ImageBytes, description: Description,
+            verify_hash: bool, progress: requests.Progress) -> Published:
+        """Take the bytes and the description, all of it or nothing.
+
+        :param verify_hash: compare the hash of what arrived, and never let
+            an image stand whose hash differs
+        :raises ImageServiceError: if it could not be done
+        """
+
+
+class CountedReader:
+    """A file that tells how far it was read; what ``requests`` uploads.
+
+    It has a length, so requests sends Content-Length and does not chunk
+    (requests, Advanced Usage, Streaming Uploads).
+    """
+
+    def __init__(self, file: typing.BinaryIO, length: int,
+                 progress: requests.Progress) -> None:
+        self._file = file
+        self._length = length
+        self._done = 0
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, size: int = -1) -> bytes:
+        # http.client asks for 8 KiB at a time if it is let.
+        chunk = self._file.read(max(size, 1024 ** 2))
+        self._done += len(chunk)
+        self._progress(self._done, self._length)
+        return chunk
+
+    def __iter__(self) -> collections.abc.Iterator[bytes]:
+        while chunk := self.read():
+            yield chunk

@@ -1,0 +1,122 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The image service ``directory``: a file, and a JSON document beside it."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+
+from nova_snapshot_ext import digest
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.images import base
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import workspace
+
+
+class DirectoryService(base.ImageService):
+    """Writes into one directory: NAME.FORMAT and NAME.FORMAT.json."""
+
+    def __init__(self, destination: base.Destination) -> None:
+        if destination.directory is None:
+            raise exception.InvalidSetting(
+                destination.directory_setting, 'None',
+                'the image service directory needs an existing directory')
+        workspace.check_directory(
+            destination.directory, destination.directory_setting)
+        self._directory = destination.directory
+        self._setting = destination.directory_setting
+
+    def publish(
+            self, image: base.ImageBytes, description: base.Description,
+            verify_hash: bool, progress: requests.Progress,
+    ) -> base.Published:
+        free = workspace.free_bytes(self._directory)
+        if free < image.length:
+            raise exception.NotEnoughRoom(
+                self._setting, self._directory, image.length, free)
+        path = self._free_path(description)
+        token = uuid.uuid4().hex
+        part = os.path.join(self._directory, f'.{token}.part')
+        part_document = f'{part}.json'
+        try:
+            self._write(image, part, progress)
+            expected = image.digest('sha512')
+            if verify_hash and digest.of_file(part, 'sha512') != expected:
+                raise exception.ImageServiceError(
+                    f'{path} would not hold the bytes that were sent')
+            _write_document(part_document, description, image, expected)
+            # The document first: an image that is there is described.
+            os.rename(part_document, f'{path}.json')
+            os.rename(part, path)
+            _flush(self._directory)
+        except OSError as error:
+            raise exception.ImageServiceError(
+                f'{path} can not be written: {error}') from error
+        finally:
+            for left in (part, part_document):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left)
+        return base.Published(path, image.length)
+
+    def _free_path(self, description: base.Description) -> str:
+        name = description.name.replace('/', '_').lstrip('.') or 'image'
+        path = os.path.join(
+            self._directory, f'{name}.{description.disk_format}')
+        for taken in (path, f'{path}.json'):
+            if os.path.lexists(taken):
+                raise exception.InvalidSetting(
+                    'image name', description.name,
+                    f'{taken} exists already')
+        return path
+
+    @staticmethod
+    def _write(image: base.ImageBytes, path: str,
+               progress: requests.Progress) -> None:
+        with image.open() as source, open(path, 'xb') as target:
+            shutil.copyfileobj(
+                base.CountedReader(source, image.length, progress), target,
+                1024 ** 2)
+            target.flush()
+            os.fsync(target.fileno())
+        length = os.stat(path).st_size
+        if length != image.length:
+            raise exception.ImageServiceError(
+                f'{length} bytes of {image.length} arrived in {path}')
+
+
+def _write_document(path: str, description: base.Description,
+                    image: base.ImageBytes, sha512: str) -> None:
+    document = {
+        'name': description.name,
+        'disk_format': description.disk_format,
+        'container_format': description.container_format,
+        'size': image.length,
+        'os_hash_algo': 'sha512',
+        'os_hash_value': sha512,
+        'properties': description.properties,
+    }
+    with open(path, 'x') as file:
+        json.dump(document, file, indent=2, sort_keys=True)
+        file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

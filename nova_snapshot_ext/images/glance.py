@@ -1,0 +1,247 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The image service ``glance``, by openstacksdk.
+
+The exact size is announced before the first byte (Image API v2, PUT
+/v2/images/{id}/file: Content-Length, and x-openstack-image-size from Glance
+31 on), so that Glance refuses what does not fit and notices what is cut off.
+"""
+
+import contextlib
+import time
+import typing
+
+from keystoneauth1 import exceptions as keystone_exceptions
+from openstack import exceptions as sdk_exceptions
+from oslo_log import log as logging
+import requests as http
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.images import base
+from nova_snapshot_ext import request as requests
+
+LOG = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+#: what a broken connection looks like, from the socket up to the SDK
+_BROKEN = (
+    http.exceptions.ConnectionError,
+    http.exceptions.ChunkedEncodingError,
+    http.exceptions.Timeout,
+    keystone_exceptions.ConnectFailure,
+    keystone_exceptions.DiscoveryFailure,
+    keystone_exceptions.UnknownConnectionError,
+    keystone_exceptions.RetriableConnectionFailure,
+    OSError,
+)
+
+
+class GlanceService(base.ImageService):
+    """Fills an image that waits in Glance, or makes one."""
+
+    def __init__(self, destination: base.Destination) -> None:
+        if destination.glance is None:
+            raise exception.InvalidSetting(
+                'image_service', 'glance', 'there is no cloud to send it to')
+        self._glance = destination.glance
+        self._image_id = destination.image_id
+        self._attempts = 1 + destination.retries
+
+    def publish(
+            self, image: base.ImageBytes, description: base.Description,
+            verify_hash: bool, progress: requests.Progress,
+    ) -> base.Published:
+        if self._image_id is not None:
+            self._fill(self._image_id, image, description, verify_hash,
+                       progress)
+            return base.Published(self._image_id, image.length)
+        image_id = self._create(description)
+        try:
+            self._fill(image_id, image, description, verify_hash, progress)
+        except BaseException:
+            self._delete(image_id)
+            raise
+        return base.Published(image_id, image.length)
+
+    def _fill(self, image_id: str, image: base.ImageBytes,
+              description: base.Description, verify_hash: bool,
+              progress: requests.Progress) -> None:
+        self._describe(image_id, description)
+        self._upload(image_id, image, progress)
+        self._verify(image_id, image, verify_hash)
+
+    def _create(self, description: base.Description) -> str:
+        with _translated('a new image'):
+            response = self._request('POST', '/images', json={
+                'name': description.name,
+                'disk_format': description.disk_format,
+                'container_format': description.container_format})
+        image_id: str = response.json()['id']
+        return image_id
+
+    def _describe(self, image_id: str,
+                  description: base.Description) -> None:
+        wanted = {
+            'name': description.name,
+            'disk_format': description.disk_format,
+            'container_format': description.container_format,
+            **description.properties}
+        with self._attempting(image_id) as attempts:
+            for attempt in attempts:
+                with attempt:
+                    self._patch(image_id, wanted, description.removed)
+
+    def _patch(self, image_id: str, wanted: dict[str, str],
+               removed: frozenset[str]) -> None:
+        present = self._get(image_id)
+        changes: list[dict[str, str]] = []
+        for name, value in wanted.items():
+            if present.get(name) != value:
+                changes.append({
+                    'op': 'replace' if name in present else 'add',
+                    'path': _pointer(name), 'value': value})
+        for name in sorted(removed & present.keys() - wanted.keys()):
+            changes.append({'op': 'remove', 'path': _pointer(name)})
+        if changes:
+            self._request(
+                'PATCH', f'/images/{image_id}', json=changes, headers={
+                    'Content-Type':
+                        'application/openstack-images-v2.1-json-patch'})
+
+    def _upload(self, image_id: str, image: base.ImageBytes,
+                progress: requests.Progress) -> None:
+        with self._attempting(image_id) as attempts:
+            for attempt in attempts:
+                # Each attempt opens the image anew: what a broken one has
+                # read is gone, and the rest alone would be another image.
+                with attempt, image.open() as file:
+                    self._request(
+                        'PUT', f'/images/{image_id}/file',
+                        data=base.CountedReader(
+                            file, image.length, progress),
+                        headers={
+                            'Content-Type': 'application/octet-stream',
+                            'X-OpenStack-Image-Size': str(image.length)})
+
+    def _verify(self, image_id: str, image: base.ImageBytes,
+                verify_hash: bool) -> None:
+        """:raises ImageRefused: if Glance has other bytes than were sent"""
+        with self._attempting(image_id) as attempts:
+            for attempt in attempts:
+                with attempt:
+                    stored = self._get(image_id)
+        if stored['status'] != 'active' or stored['size'] != image.length:
+            raise exception.ImageRefused(
+                f'Image {image_id} is {stored["status"]} with '
+                f'{stored["size"]} bytes; {image.length} were sent')
+        if not verify_hash:
+            return
+        algorithm = stored.get('os_hash_algo')
+        if not algorithm:
+            raise exception.ImageRefused(
+                f'Glance gives no hash of image {image_id} to compare')
+        expected = image.digest(algorithm)
+        if stored.get('os_hash_value') != expected:
+            self._delete(image_id)
+            raise exception.ImageRefused(
+                f'Image {image_id} has the {algorithm} '
+                f'{stored.get("os_hash_value")}, and {expected} was sent; '
+                f'it was deleted')
+
+    def _get(self, image_id: str) -> dict[str, typing.Any]:
+        found: dict[str, typing.Any] = self._request(
+            'GET', f'/images/{image_id}').json()
+        return found
+
+    def _delete(self, image_id: str) -> None:
+        try:
+            with _translated(f'image {image_id}'):
+                self._request('DELETE', f'/images/{image_id}')
+        except exception.ImageGone:
+            pass
+        except exception.ImageServiceError as error:
+            LOG.warning('Image %s could not be deleted: %s', image_id, error)
+
+    def _request(self, method: str, path: str,
+                 **arguments: typing.Any) -> typing.Any:
+        """One request through the SDK's proxy: its auth, its session, its
+        time-outs; errors as the SDK raises them.
+        """
+        response = self._glance.request(path, method, **arguments)
+        sdk_exceptions.raise_from_response(response)
+        return response
+
+    @contextlib.contextmanager
+    def _attempting(self, image_id: str) -> typing.Iterator[
+            typing.Iterator['_Attempt']]:
+        with _translated(f'image {image_id}'):
+            yield self._attempts_of(image_id)
+
+    def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
+        for number in range(1, self._attempts + 1):
+            attempt = _Attempt(last=number == self._attempts)
+            yield attempt
+            if attempt.error is None:
+                return
+            LOG.warning('Attempt %d of %d at image %s broke: %s', number,
+                        self._attempts, image_id, attempt.error)
+            time.sleep(_RETRY_S)
+
+
+class _Attempt(contextlib.AbstractContextManager['_Attempt']):
+    """One try: keeps the error of a broken connection, lets all others by."""
+
+    def __init__(self, last: bool) -> None:
+        self._last = last
+        self.error: BaseException | None = None
+
+    def __exit__(self, kind: type[BaseException] | None,
+                 error: BaseException | None, traceback: object) -> bool:
+        self.error = error
+        return not self._last and (
+            isinstance(error, _BROKEN) or _is_server_error(error))
+
+
+def _is_server_error(error: BaseException | None) -> bool:
+    return (isinstance(error, sdk_exceptions.HttpException)
+            and error.status_code in (502, 503, 504))
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> typing.Iterator[None]:
+    try:
+        yield
+    except sdk_exceptions.HttpException as error:
+        # Glance's details may be HTML; the status says enough.
+        message = (f'Glance refused {what}: {error.status_code} '
+                   f'{_first_line(error)}')
+        if error.status_code in (404, 410):
+            raise exception.ImageGone(message) from error
+        raise exception.ImageRefused(message) from error
+    except _BROKEN as error:
+        raise exception.ImageServiceUnreachable(
+            f'The connection to Glance for {what} broke: {error}') from error
+    except (sdk_exceptions.SDKException,
+            keystone_exceptions.ClientException) as error:
+        raise exception.ImageServiceUnreachable(
+            f'Glance can not be used for {what}: {error}') from error
+
+
+def _first_line(error: sdk_exceptions.HttpException) -> str:
+    details = str(error.details or error.message or '')
+    return details.strip().partition('\n')[0][:200]
+
+
+def _pointer(name: str) -> str:
+    """A property's JSON pointer (RFC 6901, section 3)."""
+    return '/' + name.replace('~', '~0').replace('/', '~1')

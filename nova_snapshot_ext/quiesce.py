@@ -1,0 +1,104 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A guest's file systems frozen for the moment its disks are."""
+
+import collections.abc
+import contextlib
+import dataclasses
+
+from oslo_log import log as logging
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+
+LOG = logging.getLogger(__name__)
+
+
+@undo.step
+@undo.with_guest
+def thaw(around: undo.Surroundings, guest: guests.Guest) -> None:
+    """A guest that is off, or whose agent thawed by itself, is thawed."""
+    if guest.state() is not guests.State.SHUTOFF:
+        guest.thaw_filesystems()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the freeze came to; right once its scope has ended."""
+
+    consistency: frozen.Consistency = frozen.Consistency.CRASH
+
+
+def obstacle(guest: guests.Guest, request: requests.Request) -> str | None:
+    """Why a guest that must be quiesced can't be, None if it can."""
+    if request.quiesce is not requests.Quiesce.REQUIRED:
+        return None
+    if guest.state() is not guests.State.RUNNING:
+        return ('it must be quiesced (os_require_quiesce), and is '
+                f'{guest.state().value}')
+    if not guest.agent_connected():
+        return ('it must be quiesced (os_require_quiesce), and no guest '
+                'agent has opened its channel')
+    return None
+
+
+@contextlib.contextmanager
+def quiesced(
+        guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
+        pause: frozen.Pause) -> collections.abc.Iterator[Outcome]:
+    """Freeze, and thaw at the end of the scope, whatever happens in it.
+
+    :param pause: gets the time for which nothing could be written
+    :raises FreezeFailed: if the guest must be quiesced and was not
+    """
+    outcome = Outcome()
+    required = request.quiesce is requests.Quiesce.REQUIRED
+    if (request.quiesce is requests.Quiesce.NEVER
+            or guest.state() is not guests.State.RUNNING):
+        yield outcome
+        return
+    entry = log.push(thaw, within_s=request.freeze_timeout)
+    pause.begin()
+    try:
+        with guest.agent_timeout(request.freeze_timeout):
+            guest.freeze_filesystems()
+    except guests.LibvirtError as error:
+        if error.code not in guests.AGENT_NOT_REACHED:
+            # It may have frozen some file systems, or be about to.
+            with guest.agent_timeout(request.freeze_timeout):
+                guest.thaw_filesystems()
+        entry.drop()
+        pause.end()
+        if required:
+            raise exception.FreezeFailed(
+                f'It must be quiesced (os_require_quiesce): '
+                f'{error}') from error
+        LOG.info('%s is not quiesced: %s', guest.name, error)
+        yield outcome
+        return
+    try:
+        yield outcome
+    finally:
+        with guest.agent_timeout(request.freeze_timeout):
+            thawed = guest.thaw_filesystems()
+        pause.end()
+        entry.drop()
+    if thawed:
+        outcome.consistency = frozen.Consistency.FILESYSTEM
+    elif required:
+        raise exception.FreezeFailed(
+            f'{guest.name} thawed before its disk was frozen, and must be '
+            f'quiesced (os_require_quiesce)')

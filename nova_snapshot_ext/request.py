@@ -1,0 +1,61 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""One snapshot as it was asked for; flows and transfers read it."""
+
+import collections.abc
+import dataclasses
+import enum
+
+
+class Quiesce(enum.Enum):
+    """Whether the guest agent is asked to freeze the file systems."""
+
+    NEVER = 'never'
+    IF_POSSIBLE = 'if possible'
+    REQUIRED = 'required'
+
+
+#: called with the bytes done and the bytes expected, as often as one likes
+Progress = collections.abc.Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """For whoever does not want to know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is wanted, what is allowed, and where there is room for it."""
+
+    #: ``qcow2``, ``raw``, ``vmdk`` or ``vdi``
+    image_format: str
+    #: whether the image's data are compressed (qcow2 only)
+    compress: bool
+    quiesce: Quiesce
+    #: where image files may be written
+    staging_directory: str
+    #: how whoever set staging_directory knows it
+    staging_setting: str
+    #: where undo logs and sockets are kept
+    state_directory: str
+    #: where libvirt saves memory
+    managed_save_directory: str
+    #: seconds
+    freeze_timeout: int
+    copy_timeout: int
+    convert_timeout: int
+    #: whether a running guest may be stopped for a moment
+    may_stop: bool = True
+    #: flows that are switched off elsewhere, with the reason
+    disabled_flows: dict[str, str] = dataclasses.field(default_factory=dict)
+    progress: Progress = no_progress

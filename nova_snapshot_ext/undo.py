@@ -1,0 +1,391 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The undo log: an ExitStack that survives a crash.
+
+One JSON-lines file for each guest whose snapshot is in flight. Its first line
+says whose it is; then each step that changes a guest or leaves something
+behind has the line of its undo, flushed to the disk before the step is taken,
+and a second line when that undo was run. Leaving the scope, an error, and a
+later process that finds the log of a dead one all run the same functions over
+the same list, newest first. Every undo may run twice.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import functools
+import json
+import os
+import time
+import types
+import typing
+
+from oslo_log import log as logging
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+
+LOG = logging.getLogger(__name__)
+
+VERSION = 1
+SUFFIX = '.undo'
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What the undo functions may touch."""
+
+    #: None if the guest is gone
+    guest: guests.Guest | None
+    host: hosts.Host
+    #: the host was booted since: guests are Nova's to start, not ours
+    rebooted: bool = False
+
+
+Step = collections.abc.Callable[..., None]
+_STEPS: dict[str, Step] = {}
+
+
+def step(function: Step) -> Step:
+    """Register an undo by its name.
+
+    It is called with the :class:`Surroundings` and the arguments that were
+    pushed. It may be called twice, and when what it undoes was never done.
+    """
+    if function.__name__ in _STEPS:
+        raise ValueError(f'There are two undo steps {function.__name__}')
+    _STEPS[function.__name__] = function
+    return function
+
+
+def uptime() -> float:
+    """Seconds since the host was booted, its sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def boot_id() -> str:
+    """What names this boot of the host (proc(5), sys/kernel/random)."""
+    with open('/proc/sys/kernel/random/boot_id') as file:
+        return file.read().strip()
+
+
+class Entry:
+    """One pushed undo."""
+
+    def __init__(self, log: 'UndoLog', number: int, name: str,
+                 arguments: dict[str, typing.Any]) -> None:
+        self._log = log
+        self.number = number
+        self.name = name
+        self.arguments = arguments
+
+    def run(self) -> None:
+        """Run it now and mark it done; nothing if it was run before.
+
+        :raises Exception: whatever the undo raises; it stays in the log
+        """
+        self._log._run(self)
+
+    def drop(self) -> None:
+        """Mark it done without running it: nothing is left to undo."""
+        self._log._mark_done(self)
+
+    def __str__(self) -> str:
+        return f'{self.name} {json.dumps(self.arguments)}'
+
+
+class UndoLog(contextlib.AbstractContextManager['UndoLog']):
+    """The written way back of one guest's snapshot; holds its lock."""
+
+    def __init__(self, path: str, descriptor: int,
+                 surroundings: Surroundings) -> None:
+        """Use :meth:`create` or :meth:`adopt`."""
+        self.path = path
+        self._descriptor = descriptor
+        self.surroundings = surroundings
+        self._entries: list[Entry] = []
+        self._count = 0
+
+    @classmethod
+    def create(cls, directory: str, guest: guests.Guest,
+               host: hosts.Host) -> 'UndoLog':
+        """Begin the log of a guest.
+
+        :param directory: where logs are kept; made if it is not there
+        :raises GuestBusy: if another snapshot of the guest is in flight, or
+            the way back of a dead one is not finished
+        """
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        path = os.path.join(directory, guest.uuid + SUFFIX)
+        descriptor = _open_locked(path, os.O_CREAT, guest.name)
+        try:
+            if read(path).pending:
+                raise exception.GuestBusy(
+                    f'{path} says how to undo a snapshot of {guest.name} '
+                    f'that was cut off, which was not finished')
+            os.ftruncate(descriptor, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        log = cls(path, descriptor, Surroundings(guest, host))
+        log._append({
+            'undo_log': VERSION,
+            'boot_id': boot_id(),
+            'uri': guest.uri,
+            'domain': guest.uuid,
+            'name': guest.name,
+            'pid': os.getpid(),
+            'begun': datetime.datetime.now(datetime.UTC).isoformat(),
+        })
+        _flush_directory(directory)
+        return log
+
+    @classmethod
+    def adopt(cls, path: str, find_guest: collections.abc.Callable[
+            [str, str], guests.Guest | None], host: hosts.Host) -> 'UndoLog':
+        """Take over the log of a dead process.
+
+        :param find_guest: gives the guest of a libvirt URI and a domain's
+            UUID, or None if it is gone
+        :raises GuestBusy: if its owner lives
+        :raises FileNotFoundError: if there is none (any more)
+        :raises ValueError: if it can't be understood
+        """
+        descriptor = _open_locked(path, 0, path)
+        try:
+            found = read(path)
+            surroundings = Surroundings(
+                find_guest(found.uri, found.domain) if found.uri else None,
+                host, found.boot_id != boot_id())
+        except BaseException:
+            os.close(descriptor)
+            raise
+        log = cls(path, descriptor, surroundings)
+        for number, pending in sorted(found.pending.items()):
+            log._entries.append(
+                Entry(log, number, pending.step, pending.arguments))
+        log._count = max(found.pending, default=0)
+        return log
+
+    def push(self, function: Step, within_s: float | None = None,
+             **arguments: typing.Any) -> Entry:
+        """Write how to undo the step that comes next, and flush it.
+
+        :param function: one registered by :func:`step`
+        :param within_s: seconds after which the guard runs it even though
+            the owner of the log lives
+        :param arguments: for it, of JSON's types
+        """
+        if _STEPS.get(function.__name__) is not function:
+            raise ValueError(f'{function} is not an undo step')
+        self._count += 1
+        entry = Entry(self, self._count, function.__name__, arguments)
+        record = {'entry': entry.number, 'step': entry.name,
+                  'arguments': arguments}
+        if within_s is not None:
+            record['overdue'] = uptime() + within_s
+        self._append(record)
+        self._entries.append(entry)
+        return entry
+
+    @contextlib.contextmanager
+    def scope(self) -> collections.abc.Iterator['UndoLog']:
+        """At its end whatever was pushed within is undone, newest first."""
+        depth = len(self._entries)
+        below = self._entries[:depth]
+        try:
+            yield self
+        except BaseException:
+            self._unwind(below, quiet=True)
+            raise
+        self._unwind(below, quiet=False)
+
+    @property
+    def pending(self) -> int:
+        """How many steps are left to undo."""
+        return len(self._entries)
+
+    def unwind(self) -> None:
+        """Undo everything, newest first; the log goes if all of it worked.
+
+        :raises UndoFailed: if some of it did not
+        """
+        try:
+            self._unwind([], quiet=False)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the log; it is deleted if nothing is left to undo."""
+        if self._descriptor < 0:
+            return
+        if not self._entries:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __exit__(self, kind: type[BaseException] | None,
+                 error: BaseException | None,
+                 traceback: types.TracebackType | None) -> None:
+        try:
+            self._unwind([], quiet=error is not None)
+        finally:
+            self.close()
+
+    def _unwind(self, keep: list[Entry], quiet: bool) -> None:
+        failures = []
+        for entry in reversed(
+                [each for each in self._entries if each not in keep]):
+            try:
+                entry.run()
+            except Exception as error:
+                LOG.exception('Undoing failed, and stays in %(log)s: '
+                              '%(entry)s',
+                              {'log': self.path, 'entry': entry})
+                failures.append(f'{entry.name}: {error}')
+        if failures and not quiet:
+            raise exception.UndoFailed(
+                f'{self.path} is kept; ' + '; '.join(failures))
+
+    def _run(self, entry: Entry) -> None:
+        if entry not in self._entries:
+            return
+        Pending(entry.name, entry.arguments, None).run(self.surroundings)
+        self._mark_done(entry)
+
+    def _mark_done(self, entry: Entry) -> None:
+        if entry in self._entries:
+            self._append({'entry': entry.number, 'done': True})
+            self._entries.remove(entry)
+
+    def _append(self, record: dict[str, typing.Any]) -> None:
+        line = json.dumps(record).encode() + b'\n'
+        # One write: a reader, or a crash, finds a whole line or a last one
+        # without its end, which was then not followed by its step.
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(f'{self.path} could not be written')
+        os.fsync(self._descriptor)
+
+
+def _open_locked(path: str, flags: int, name: str) -> int:
+    """Open a log and take its lock, as long as it is the one in the folder.
+
+    The lock goes with the last descriptor, and children get none: a lock
+    that can be had says that its owner is dead.
+    """
+    while True:
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            | flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise exception.GuestBusy(
+                f'Another snapshot of {name} is in flight') from None
+        except FileNotFoundError:
+            pass
+        # Its owner deleted it between our open and our lock.
+        os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """An undo that a log holds and that was not run."""
+
+    step: str
+    arguments: dict[str, typing.Any]
+    #: the uptime in seconds after which it must not wait for its owner
+    overdue: float | None
+
+    def run(self, around: Surroundings) -> None:
+        """Run it, without a mark in the log."""
+        function = _STEPS.get(self.step)
+        if function is None:
+            raise exception.UndoFailed(
+                f'No installed flow or transfer knows how to {self.step}')
+        function(around, **self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a log says."""
+
+    #: of libvirt's connection; '' in a log without a whole first line
+    uri: str
+    #: the domain's UUID
+    domain: str
+    boot_id: str
+    #: what is left to undo, by number
+    pending: dict[int, Pending]
+
+
+def read(path: str) -> Contents:
+    """Read a log, whoever holds it.
+
+    A last line that was cut off counts as not written: its step was not
+    taken.
+
+    :raises FileNotFoundError: if there is none
+    :raises ValueError: if a whole line can't be understood
+    """
+    with open(path, 'rb') as file:
+        lines = file.read().split(b'\n')[:-1]
+    records = [json.loads(line) for line in lines]
+    if not records:
+        return Contents('', '', '', {})
+    try:
+        head = records[0]
+        if head['undo_log'] != VERSION:
+            raise ValueError(
+                f'{path} is an undo log of version {head["undo_log"]}; '
+                f'this is for version {VERSION}')
+        pending: dict[int, Pending] = {}
+        for record in records[1:]:
+            if record.get('done'):
+                pending.pop(record['entry'], None)
+            else:
+                pending[record['entry']] = Pending(
+                    record['step'], record['arguments'],
+                    record.get('overdue'))
+        return Contents(
+            head['uri'], head['domain'], head['boot_id'], pending)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not an undo log: {error}') from error
+
+
+def _flush_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def with_guest(function: collections.abc.Callable[..., None]) -> Step:
+    """For undo steps of a guest: done if the guest is gone."""
+    @functools.wraps(function)
+    def wrapper(around: Surroundings, **arguments: typing.Any) -> None:
+        if around.guest is None:
+            return
+        try:
+            function(around, around.guest, **arguments)
+        except exception.GuestGone:
+            pass
+    return wrapper

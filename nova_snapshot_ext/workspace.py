@@ -1,0 +1,75 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Directories that a snapshot works in, gone when it ends."""
+
+import os
+import shutil
+import uuid
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import undo
+
+_PREFIX = 'snapshot-ext-'
+
+
+@undo.step
+def remove_directory(around: undo.Surroundings, path: str) -> None:
+    if not os.path.basename(path).startswith(_PREFIX):
+        raise ValueError(f'{path} is not a directory of ours')
+    shutil.rmtree(path, ignore_errors=not os.path.lexists(path))
+
+
+def make_directory(parent: str, log: undo.UndoLog,
+                   group: int | None = None) -> str:
+    """A new directory for this process alone.
+
+    :param parent: the directory that it is made in
+    :param group: the id of a group that may pass through it, but not list
+        it: that of QEMU, for files that it opens by their path
+    :returns: its path
+    """
+    path = os.path.join(parent, _PREFIX + uuid.uuid4().hex)
+    log.push(remove_directory, path=path)
+    os.mkdir(path, mode=0o700)
+    if group is not None:
+        log.surroundings.host.chown(path, -1, group)
+        os.chmod(path, 0o710)
+    return path
+
+
+def check_directory(path: str, setting: str) -> None:
+    """:raises InvalidSetting: if it is not a directory we can write to
+
+    :param setting: how whoever set it knows it
+    """
+    if not os.path.isdir(path):
+        raise exception.InvalidSetting(
+            setting, path, 'it must be an existing directory')
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise exception.InvalidSetting(
+            setting, path, f'user {os.getuid()} can not write there')
+
+
+def free_bytes(path: str) -> int:
+    """What an ordinary user may still write where path is, or would be.
+
+    A directory that can't be looked at counts as its nearest parent.
+    """
+    while True:
+        try:
+            room = os.statvfs(path)
+            return room.f_bavail * room.f_frsize
+        except (FileNotFoundError, PermissionError):
+            if path == '/':
+                raise
+            path = os.path.dirname(path)
