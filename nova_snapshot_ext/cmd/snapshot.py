@@ -55,8 +55,8 @@ exit codes:
   0  it was done
   {FAILED}  it failed; the guest is as it was
   {USAGE}  the command line is not valid
-  {REFUSED}  refused before the guest was touched: no flow can serve, a value is
-     not allowed, or there is not enough room
+  {REFUSED}  refused before the guest was touched: no flow can serve, a value
+     is not allowed, or there is not enough room
   {NO_DOMAIN}  there is no such domain
   {BUSY}  another snapshot of the domain is in flight
 """
