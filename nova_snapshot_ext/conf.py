@@ -127,7 +127,7 @@ No flow reads such a disk: its image would hold the plain text.
 Where undo logs and sockets are kept while a snapshot is in flight.
 
 It must be on a local disk that survives a reboot, writable by nova-compute's
-user, and not longer than 55 bytes (a socket's path is limited to 107).
+user, and not longer than 72 bytes (a socket's path is limited to 107).
 
 Possible values:
 

@@ -17,10 +17,10 @@ import contextlib
 import os
 import typing
 
-import nova.conf
-from nova import context as nova_context
 from nova.compute import task_states
 from nova.compute import utils as compute_utils
+import nova.conf
+from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
 import nova.privsep.path
@@ -65,7 +65,8 @@ class NovaHost:
         self._driver.cpu_api.power_up_for_instance(self._instance)
 
 
-class SnapshotLibvirtDriver(libvirt_driver.LibvirtDriver):  # type: ignore[misc]
+class SnapshotLibvirtDriver(
+        libvirt_driver.LibvirtDriver):  # type: ignore[misc]
     """Nova's libvirt driver, with snapshots taken by this package."""
 
     def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
@@ -141,6 +142,8 @@ class SnapshotLibvirtDriver(libvirt_driver.LibvirtDriver):  # type: ignore[misc]
             if wished.exact:
                 raise
             return str(error)
+        # Asked before the callback changes the task state that tells.
+        verify_hash = _must_verify_hash(instance)
         update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
 
         def before_upload() -> None:
@@ -152,17 +155,17 @@ class SnapshotLibvirtDriver(libvirt_driver.LibvirtDriver):  # type: ignore[misc]
             snapshot.take(
                 guest, NovaHost(self, instance), planned, request, service,
                 self._description(instance, image, request.image_format),
-                verify_hash=_must_verify_hash(instance),
-                before_upload=before_upload)
+                verify_hash=verify_hash, before_upload=before_upload)
         return None
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
         try:
-            return guests.Guest(self._host.get_guest(instance)._domain)
+            domain = self._host.get_guest(instance)._domain
         except nova_exception.InstanceNotFound as error:
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
+        return guests.Guest(domain, self._host._uri)
 
     def _request(self, instance: objects.Instance, disk_format: str,
                  block: bool) -> requests.Request:

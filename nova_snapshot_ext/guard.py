@@ -89,7 +89,7 @@ def find_guest(uri: str, uuid: str) -> guests.Guest | None:
     :raises libvirt.libvirtError: if libvirt can't be asked
     """
     try:
-        return guests.Guest.find(libvirt.open(uri), uuid)
+        return guests.Guest.find(libvirt.open(uri), uri, uuid)
     except exception.GuestGone:
         return None
 

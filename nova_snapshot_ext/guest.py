@@ -107,21 +107,28 @@ class BlockJob:
 class Guest:
     """One libvirt domain: its state, its disks, and what is done to them."""
 
-    def __init__(self, domain: libvirt.virDomain) -> None:
+    def __init__(self, domain: libvirt.virDomain, uri: str) -> None:
+        """:param uri: what another process can reach the domain's libvirt by
+
+        A connection only tells the URI of the driver at its far end.
+        """
         self._domain = domain
+        self.uri = uri
         self.uuid: str = domain.UUIDString()
         self.name: str = domain.name()
 
     @classmethod
-    def find(cls, connection: libvirt.virConnect, which: str) -> 'Guest':
-        """:param which: a domain's UUID or name
+    def find(cls, connection: libvirt.virConnect, uri: str,
+             which: str) -> 'Guest':
+        """:param uri: that the connection was opened by
 
+        :param which: a domain's UUID or name
         :raises GuestGone: if there is none
         """
         for lookup in (connection.lookupByUUIDString,
                        connection.lookupByName):
             try:
-                return cls(lookup(which))
+                return cls(lookup(which), uri)
             except libvirt.libvirtError as error:
                 if error.get_error_code() not in (
                         libvirt.VIR_ERR_NO_DOMAIN,
@@ -141,12 +148,6 @@ class Guest:
             raise LibvirtError(f'{what} of {self.name}', error) from error
 
     # What it is
-
-    @property
-    def uri(self) -> str:
-        """The URI of the libvirt connection."""
-        uri: str = self._domain.connect().getURI()
-        return uri
 
     def state(self) -> State:
         with self._calling('State'):
@@ -221,8 +222,13 @@ class Guest:
 
     def job_under_way(self) -> bool:
         """Whether a job of the whole domain runs: backup, migration, …"""
-        with self._calling('Job'):
-            kind: int = self._domain.jobInfo()[0]
+        try:
+            with self._calling('Job'):
+                kind: int = self._domain.jobInfo()[0]
+        except LibvirtError as error:
+            if error.code == libvirt.VIR_ERR_OPERATION_INVALID:
+                return False        # it does not run
+            raise
         return kind not in (libvirt.VIR_DOMAIN_JOB_NONE,
                             libvirt.VIR_DOMAIN_JOB_COMPLETED)
 

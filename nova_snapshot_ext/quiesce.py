@@ -67,7 +67,10 @@ def quiesced(
     outcome = Outcome()
     required = request.quiesce is requests.Quiesce.REQUIRED
     if (request.quiesce is requests.Quiesce.NEVER
-            or guest.state() is not guests.State.RUNNING):
+            or guest.state() is not guests.State.RUNNING
+            or not guest.agent_connected()):
+        if required:
+            raise exception.FreezeFailed(obstacle(guest, request) or '')
         yield outcome
         return
     entry = log.push(thaw, within_s=request.freeze_timeout)

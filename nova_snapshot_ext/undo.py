@@ -91,6 +91,8 @@ class Entry:
         self.number = number
         self.name = name
         self.arguments = arguments
+        #: the scope that it was pushed in, None outside of all
+        self.scope: object = None
 
     def run(self) -> None:
         """Run it now and mark it done; nothing if it was run before.
@@ -117,6 +119,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         self._descriptor = descriptor
         self.surroundings = surroundings
         self._entries: list[Entry] = []
+        self._scopes: list[object] = []
         self._count = 0
 
     @classmethod
@@ -132,7 +135,14 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = _open_locked(path, os.O_CREAT, guest.name)
         try:
-            if read(path).pending:
+            try:
+                left = read(path).pending
+            except ValueError as error:
+                raise exception.GuestBusy(
+                    f'{path} says how to undo a snapshot of {guest.name} '
+                    f'that was cut off, and can not be understood: '
+                    f'{error}') from error
+            if left:
                 raise exception.GuestBusy(
                     f'{path} says how to undo a snapshot of {guest.name} '
                     f'that was cut off, which was not finished')
@@ -167,6 +177,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         descriptor = _open_locked(path, 0, path)
         try:
             found = read(path)
+            _drop_cut_line(descriptor)
             surroundings = Surroundings(
                 find_guest(found.uri, found.domain) if found.uri else None,
                 host, found.boot_id != boot_id())
@@ -198,20 +209,31 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         if within_s is not None:
             record['overdue'] = uptime() + within_s
         self._append(record)
+        if self._scopes:
+            entry.scope = self._scopes[-1]
         self._entries.append(entry)
         return entry
 
     @contextlib.contextmanager
     def scope(self) -> collections.abc.Iterator['UndoLog']:
-        """At its end whatever was pushed within is undone, newest first."""
-        depth = len(self._entries)
-        below = self._entries[:depth]
+        """At its end whatever was pushed within is undone, newest first.
+
+        An outer scope may end before one that was opened within: what was
+        pushed in that one stays. So a disk is thawed while its image is kept.
+        """
+        scope = object()
+        self._scopes.append(scope)
         try:
             yield self
         except BaseException:
-            self._unwind(below, quiet=True)
+            self._end_scope(scope, quiet=True)
             raise
-        self._unwind(below, quiet=False)
+        self._end_scope(scope, quiet=False)
+
+    def _end_scope(self, scope: object, quiet: bool) -> None:
+        self._scopes.remove(scope)
+        self._unwind([entry for entry in self._entries
+                      if entry.scope is scope], quiet)
 
     @property
     def pending(self) -> int:
@@ -224,7 +246,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         :raises UndoFailed: if some of it did not
         """
         try:
-            self._unwind([], quiet=False)
+            self._unwind(self._entries, quiet=False)
         finally:
             self.close()
 
@@ -242,14 +264,13 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
                  error: BaseException | None,
                  traceback: types.TracebackType | None) -> None:
         try:
-            self._unwind([], quiet=error is not None)
+            self._unwind(self._entries, quiet=error is not None)
         finally:
             self.close()
 
-    def _unwind(self, keep: list[Entry], quiet: bool) -> None:
+    def _unwind(self, entries: list[Entry], quiet: bool) -> None:
         failures = []
-        for entry in reversed(
-                [each for each in self._entries if each not in keep]):
+        for entry in reversed(list(entries)):
             try:
                 entry.run()
             except Exception as error:
@@ -277,8 +298,15 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         # One write: a reader, or a crash, finds a whole line or a last one
         # without its end, which was then not followed by its step.
         if os.write(self._descriptor, line) != len(line):
+            _drop_cut_line(self._descriptor)
             raise OSError(f'{self.path} could not be written')
         os.fsync(self._descriptor)
+
+
+def _drop_cut_line(descriptor: int) -> None:
+    """Cut a last line without its end: what is appended would join it."""
+    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    os.ftruncate(descriptor, content.rfind(b'\n') + 1)
 
 
 def _open_locked(path: str, flags: int, name: str) -> int:

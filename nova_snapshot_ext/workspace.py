@@ -13,13 +13,16 @@
 """Directories that a snapshot works in, gone when it ends."""
 
 import os
+import secrets
 import shutil
-import uuid
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import undo
 
 _PREFIX = 'snapshot-ext-'
+#: how long the path of a directory may be that holds sockets: their own is
+#: limited to 107 bytes (unix(7)), and has our directory and a disk's name
+MAX_SOCKET_PARENT = 107 - len(f'/{_PREFIX}01234567/') - 12
 
 
 @undo.step
@@ -38,7 +41,7 @@ def make_directory(parent: str, log: undo.UndoLog,
         it: that of QEMU, for files that it opens by their path
     :returns: its path
     """
-    path = os.path.join(parent, _PREFIX + uuid.uuid4().hex)
+    path = os.path.join(parent, _PREFIX + secrets.token_hex(4))
     log.push(remove_directory, path=path)
     os.mkdir(path, mode=0o700)
     if group is not None:
@@ -58,6 +61,14 @@ def check_directory(path: str, setting: str) -> None:
     if not os.access(path, os.W_OK | os.X_OK):
         raise exception.InvalidSetting(
             setting, path, f'user {os.getuid()} can not write there')
+
+
+def check_socket_parent(path: str) -> None:
+    """:raises InvalidSetting: if sockets below it would have long paths"""
+    if len(os.fsencode(path)) > MAX_SOCKET_PARENT:
+        raise exception.InvalidSetting(
+            '[snapshot_ext] state_directory', path,
+            f'it must not be longer than {MAX_SOCKET_PARENT} bytes')
 
 
 def free_bytes(path: str) -> int:

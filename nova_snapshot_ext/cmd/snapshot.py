@@ -170,7 +170,8 @@ def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
         raise guests.LibvirtError(
             f'--connect {options.connect}', error) from error
     try:
-        yield guests.Guest.find(connection, options.domain)
+        yield guests.Guest.find(
+            connection, options.connect, options.domain)
     finally:
         connection.close()
 

@@ -33,6 +33,14 @@ from nova_snapshot_ext import request as requests
 LOG = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+#: keystoneauth would send a body again that it has read already: with a new
+#: token after 401, to another place, or after an error (Session.request)
+_SENT_ONCE: dict[str, typing.Any] = {
+    'allow_reauth': False,
+    'redirect': False,
+    'connect_retries': 0,
+    'status_code_retries': 0,
+}
 #: what a broken connection looks like, from the socket up to the SDK
 _BROKEN = (
     http.exceptions.ConnectionError,
@@ -125,13 +133,24 @@ class GlanceService(base.ImageService):
                 # Each attempt opens the image anew: what a broken one has
                 # read is gone, and the rest alone would be another image.
                 with attempt, image.open() as file:
+                    if not attempt.first and self._has_bytes(image_id):
+                        return
                     self._request(
                         'PUT', f'/images/{image_id}/file',
                         data=base.CountedReader(
                             file, image.length, progress),
                         headers={
                             'Content-Type': 'application/octet-stream',
-                            'X-OpenStack-Image-Size': str(image.length)})
+                            'X-OpenStack-Image-Size': str(image.length)},
+                        **_SENT_ONCE)
+
+    def _has_bytes(self, image_id: str) -> bool:
+        """Whether only the answer to an upload was lost.
+
+        Asking also renews a token that ran out during the last attempt: the
+        upload itself must not.
+        """
+        return bool(self._get(image_id)['status'] == 'active')
 
     def _verify(self, image_id: str, image: base.ImageBytes,
                 verify_hash: bool) -> None:
@@ -189,7 +208,8 @@ class GlanceService(base.ImageService):
 
     def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
         for number in range(1, self._attempts + 1):
-            attempt = _Attempt(last=number == self._attempts)
+            attempt = _Attempt(
+                first=number == 1, last=number == self._attempts)
             yield attempt
             if attempt.error is None:
                 return
@@ -201,7 +221,8 @@ class GlanceService(base.ImageService):
 class _Attempt(contextlib.AbstractContextManager['_Attempt']):
     """One try: keeps the error of a broken connection, lets all others by."""
 
-    def __init__(self, last: bool) -> None:
+    def __init__(self, first: bool, last: bool) -> None:
+        self.first = first
         self._last = last
         self.error: BaseException | None = None
 
