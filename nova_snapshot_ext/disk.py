@@ -54,7 +54,6 @@ class Disk:
     #: driver format in the domain, '' where it is not set
     format: str
     encrypted: bool
-    readonly: bool
     #: layers below the top one as a running domain shows them, nearest
     #: first; None where libvirt does not tell
     backing: tuple[Layer, ...] | None
@@ -76,7 +75,6 @@ class Disk:
             format='' if driver is None else driver.get('type', ''),
             encrypted=(element.find('.//encryption') is not None
                        or is_dm_crypt(path)),
-            readonly=element.find('readonly') is not None,
             backing=_backing_of(element),
         )
 
@@ -198,40 +196,44 @@ def _check_header(layer: Layer) -> None:
 
 
 def image_info(layer: Layer) -> dict[str, typing.Any]:
-    """``qemu-img info`` of one layer, without its backing file."""
-    options = dict(layer_options(layer))
-    options['force-share'] = 'on'
+    """``qemu-img info`` of one layer, whoever has it open."""
+    options = layer_options(layer) | {'force-share': True}
     info: dict[str, typing.Any] = json.loads(qemu_img.run(
-        'info', '--output', 'json', '--image-opts', image_opts(options),
+        'info', '--output', 'json', json_name(options),
         limits=qemu_img.INSPECT_LIMITS))
     return info
 
 
-def layer_options(layer: Layer, prefix: str = '') -> dict[str, str]:
+def layer_options(layer: Layer) -> dict[str, typing.Any]:
     """QEMU's block options that open one layer (qemu(1), -blockdev)."""
     return {
-        f'{prefix}driver': layer.format,
-        f'{prefix}file.driver': 'host_device' if layer.block else 'file',
-        f'{prefix}file.filename': layer.path,
+        'driver': layer.format,
+        'file': {
+            'driver': 'host_device' if layer.block else 'file',
+            'filename': layer.path,
+        },
     }
 
 
-def chain_options(chain: tuple[Layer, ...]) -> dict[str, str]:
+def chain_options(chain: tuple[Layer, ...]) -> dict[str, typing.Any]:
     """QEMU's block options that open a whole chain, every format named.
 
-    The backing file in a header is not used: the options say which it is, or
-    that there is none.
+    What a header says of a backing file is not used: the options say which
+    it is, or that there is none.
     """
-    options: dict[str, str] = {}
-    for depth, layer in enumerate(chain):
-        options.update(layer_options(layer, 'backing.' * depth))
+    top, *below = chain
+    options = layer_options(top)
+    if top.format == 'qcow2':
+        options['backing'] = chain_options(tuple(below)) if below else None
     return options
 
 
-def image_opts(options: dict[str, str]) -> str:
-    """Options as ``--image-opts`` takes them: commas in values doubled."""
-    return ','.join('{}={}'.format(key, value.replace(',', ',,'))
-                    for key, value in options.items())
+def json_name(options: dict[str, typing.Any]) -> str:
+    """Block options as a file name (qemu-img(1), the json: pseudo-protocol).
+
+    Other than --image-opts, it can say that there is no backing file.
+    """
+    return 'json:' + json.dumps(options)
 
 
 def allocated_bytes(layer: Layer, capacity: int) -> int:

@@ -19,6 +19,7 @@ import typing
 
 from nova.compute import task_states
 from nova.compute import utils as compute_utils
+from nova.compute import vm_states
 import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
@@ -27,16 +28,20 @@ import nova.privsep.path
 from nova import service_auth
 from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
+from oslo_concurrency import lockutils
 from oslo_log import log as logging
 
 from nova_snapshot_ext import conf
+from nova_snapshot_ext import disk as disks
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
+from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -44,6 +49,10 @@ CONF = nova.conf.CONF
 REQUEST_PROPERTY = 'snapshot_flow'
 FLAVOR_SPEC = 'snapshot_ext:flow'
 _SERVED_VIRT_TYPES = ('kvm', 'qemu')
+# Where a guest runs, or is paused: one that we stopped was in these.
+_UP = (vm_states.ACTIVE, vm_states.PAUSED)
+_GOING_DOWN = (task_states.DELETING, task_states.SOFT_DELETING,
+               task_states.POWERING_OFF)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
@@ -51,18 +60,40 @@ UpdateTaskState = collections.abc.Callable[..., None]
 
 
 class NovaHost:
-    """Nova's rights: its privileged functions, and its CPU management."""
+    """Nova's rights: its privileged functions, and its care of guests."""
 
     def __init__(self, driver: libvirt_driver.LibvirtDriver,
-                 instance: objects.Instance) -> None:
+                 instance: objects.Instance | None) -> None:
+        """:param instance: None if Nova has none on this host any more"""
         self._driver = driver
         self._instance = instance
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         nova.privsep.path.chown(path, uid=uid, gid=gid)
 
-    def power_up_cpus(self) -> None:
-        self._driver.cpu_api.power_up_for_instance(self._instance)
+    @contextlib.contextmanager
+    def may_start(self) -> collections.abc.Iterator[bool]:
+        """Nova deletes, stops and reboots an instance under this lock: who
+        waits for it finds the guest as Nova left it."""
+        if self._instance is None:
+            yield False
+            return
+        with lockutils.lock(
+                self._instance.uuid, lock_file_prefix='nova-'):
+            yield self._is_ours_to_start(self._instance)
+
+    def _is_ours_to_start(self, instance: objects.Instance) -> bool:
+        try:
+            current = objects.Instance.get_by_uuid(
+                nova_context.get_admin_context(), instance.uuid)
+        except nova_exception.InstanceNotFound:
+            return False
+        if (current.task_state in _GOING_DOWN
+                or current.vm_state not in _UP
+                or current.host != CONF.host):
+            return False
+        self._driver.cpu_api.power_up_for_instance(instance)
+        return True
 
 
 class SnapshotLibvirtDriver(
@@ -94,18 +125,48 @@ class SnapshotLibvirtDriver(
         :raises nova.exception.ImageNotFound: if the image is gone
         :raises nova.exception.NovaException: if no snapshot was taken
         """
-        with _reported(context, instance), _translated(instance, image_id):
-            why = self._why_nova_serves(instance)
-            if why is None:
-                why = self._snapshot(
-                    context, instance, image_id, update_task_state)
-        if why is not None:
+        with _reported(context, instance):
+            with _translated(instance, image_id):
+                why = self._why_nova_serves(instance)
+                if why is None:
+                    self._snapshot(
+                        context, instance, image_id, update_task_state)
+                    return
             LOG.info("Nova's own snapshot serves: %s", why,
                      instance=instance)
             super().snapshot(context, instance, image_id, update_task_state)
 
+    def process_instances_at_startup(
+            self, context: nova_context.RequestContext,
+            instances: typing.Any) -> typing.Any:
+        """Finish what an earlier nova-compute and its guards left undone.
+
+        Evacuated instances are gone by now, and no instance is initialised
+        yet: what is here is this host's.
+        """
+        instances = super().process_instances_at_startup(context, instances)
+        hosts = {instance.uuid: NovaHost(self, instance)
+                 for instance in instances}
+        for path in undo.logs_in(state_directory()):
+            uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
+            try:
+                undo.UndoLog.adopt(
+                    path, guards.find_guest,
+                    hosts.get(uuid) or NovaHost(self, None)).unwind()
+                LOG.warning('A snapshot of %s that was cut off is undone',
+                            uuid)
+            except FileNotFoundError:
+                pass
+            except Exception:
+                LOG.exception('%s could not be finished; snapshots of its '
+                              'guest are refused until it is', path)
+        return instances
+
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
         """What this package leaves to Nova, None if it serves.
+
+        An obstacle of every flow is none: what keeps us from touching a
+        guest would not keep Nova's own snapshot.
 
         :raises UnsafeDisk: if the disk is encrypted and must not be read
         """
@@ -124,39 +185,31 @@ class SnapshotLibvirtDriver(
 
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
-                  update_task_state: UpdateTaskState) -> str | None:
-        """:returns: why no flow can serve, if none was asked for by name"""
+                  update_task_state: UpdateTaskState) -> None:
         guest = self._our_guest(instance)
         image = self._image_api.get(context, image_id)
-        disk = guest.root_disk()
         wished = selection.wish(
-            _requested_flow(instance, image),
+            image['properties'].get(REQUEST_PROPERTY),
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
-        request = self._request(instance, disk.format, disk.block)
+        request = self._request(instance, guest.root_disk())
         service = _image_service(context, image_id)
-        try:
-            planned = snapshot.plan(
-                guest, wished, CONF.snapshot_ext.transfers, request)
-        except exception.NoFlowServes as error:
-            if wished.exact:
-                raise
-            return str(error)
-        # Asked before the callback changes the task state that tells.
-        verify_hash = _must_verify_hash(instance)
-        update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
 
         def before_upload() -> None:
             update_task_state(
                 task_state=task_states.IMAGE_UPLOADING,
                 expected_state=task_states.IMAGE_PENDING_UPLOAD)
 
+        # Its turn first: what was planned before may not hold after a wait.
         with compute_utils.disk_ops_semaphore:
+            planned = snapshot.plan(
+                guest, wished, CONF.snapshot_ext.transfers, request)
+            verify_hash = _must_verify_hash(instance)
+            update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
             snapshot.take(
                 guest, NovaHost(self, instance), planned, request, service,
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload)
-        return None
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
@@ -165,12 +218,13 @@ class SnapshotLibvirtDriver(
         except nova_exception.InstanceNotFound as error:
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
-        return guests.Guest(domain, self._host._uri)
+        return guests.Guest(
+            domain, self._host._uri, in_thread=nova_utils.tpool_wrap)
 
-    def _request(self, instance: objects.Instance, disk_format: str,
-                 block: bool) -> requests.Request:
+    def _request(self, instance: objects.Instance,
+                 disk: disks.Disk) -> requests.Request:
         image_format = CONF.libvirt.snapshot_image_format or (
-            'raw' if block else disk_format)
+            'raw' if disk.block else disk.format)
         directory = CONF.libvirt.snapshots_directory
         with contextlib.suppress(OSError):
             os.makedirs(directory, exist_ok=True)
@@ -231,12 +285,6 @@ def _check_configuration() -> None:
              [group.image_service])):
         for name in names:
             plugins.load(namespace, name, f'[snapshot_ext] {option}')
-
-
-def _requested_flow(instance: objects.Instance,
-                    image: dict[str, typing.Any]) -> str | None:
-    flow: str | None = image['properties'].get(REQUEST_PROPERTY)
-    return flow
 
 
 def _inherited_request(instance: objects.Instance,

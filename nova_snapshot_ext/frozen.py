@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import enum
 import time
+import typing
 
 
 class Consistency(enum.Enum):
@@ -78,14 +79,15 @@ class FrozenDisk:
     #: name of the export
     export: str
 
-    def block_options(self) -> dict[str, str]:
+    def block_options(self) -> dict[str, typing.Any]:
         """QEMU's block options that open it (qemu(1), -blockdev)."""
         return {
             'driver': 'raw',
-            'file.driver': 'nbd',
-            'file.server.type': 'unix',
-            'file.server.path': self.socket,
-            'file.export': self.export,
+            'file': {
+                'driver': 'nbd',
+                'server': {'type': 'unix', 'path': self.socket},
+                'export': self.export,
+            },
         }
 
 

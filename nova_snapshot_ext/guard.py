@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,13 @@ LOG = logging.getLogger(__name__)
 _READY = b'r'
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.25
+# How long an owner waits for its guard to end. A guard with something left
+# to do goes on by itself.
+_END_TIMEOUT_S = 10.0
+# How long a guard goes on trying: a libvirt that is restarted or upgraded
+# comes back in that time. Recovery at Nova's start is what remains then.
+_RETRY_TIMEOUT_S = 3600.0
+_RETRY_S = 1.0
 
 
 class Guard(contextlib.AbstractContextManager['Guard']):
@@ -60,17 +68,25 @@ class Guard(contextlib.AbstractContextManager['Guard']):
         """
         # A session of its own: a signal for our group is not for the guard.
         self._process = subprocess.Popen(
-            [sys.executable, '-m', 'nova_snapshot_ext.guard', log.path],
+            [sys.executable, '-P', '-m', 'nova_snapshot_ext.guard',
+             log.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True)
         assert self._process.stdout is not None
         answer = self._process.stdout.fileno()
+        # Asked for now and then, not waited for: under eventlet a read
+        # would hold up every greenlet.
+        os.set_blocking(answer, False)
         deadline = time.monotonic() + _START_TIMEOUT_S
-        # select first: under eventlet a read would hold up every greenlet.
-        if not select.select([answer], [], [], deadline - time.monotonic())[
-                0] or os.read(answer, 1) != _READY:
-            raise exception.FreezeFailed(
-                f'The guard of {log.path} did not start')
+        while time.monotonic() < deadline:
+            try:
+                if os.read(answer, 1) == _READY:
+                    return
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+        raise exception.FreezeFailed(
+            f'The guard of {log.path} did not start')
 
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None,
@@ -80,7 +96,11 @@ class Guard(contextlib.AbstractContextManager['Guard']):
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        self._process.wait()
+        try:
+            self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            LOG.error('The guard %d goes on with what could not be undone',
+                      self._process.pid)
 
 
 def find_guest(uri: str, uuid: str) -> guests.Guest | None:
@@ -98,7 +118,7 @@ def _stand_guard(path: str) -> None:
     """Return when the owner's end of the pipe closes."""
     sys.stdout.buffer.write(_READY)
     sys.stdout.buffer.flush()
-    tried: set[int] = set()
+    done: set[int] = set()
     while not select.select([sys.stdin], [], [], _POLL_S)[0]:
         try:
             log = undo.read(path)
@@ -106,16 +126,17 @@ def _stand_guard(path: str) -> None:
             continue
         for number, pending in sorted(log.pending.items(), reverse=True):
             if (pending.overdue is None or pending.overdue > undo.uptime()
-                    or number in tried):
+                    or number in done):
                 continue
-            tried.add(number)
             LOG.warning('Its owner is late: running %s of %s',
                         pending.step, path)
             try:
                 pending.run(undo.Surroundings(
                     find_guest(log.uri, log.domain), hosts.PlainHost()))
+                done.add(number)
             except Exception:
                 LOG.exception('%s of %s failed', pending.step, path)
+                time.sleep(_RETRY_S)
 
 
 def main() -> int:
@@ -123,14 +144,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('undo_log')
     path = parser.parse_args().undo_log
+    # A service manager signals the whole group when it stops the owner,
+    # which may go on for minutes: the pipe tells when it is dead.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     plugins.load_all()
     _stand_guard(path)
-    try:
-        log = undo.UndoLog.adopt(path, find_guest, hosts.PlainHost())
-    except (FileNotFoundError, exception.GuestBusy):
-        return 0
-    log.unwind()
-    return 0
+    return 0 if _bring_back(path) else 1
+
+
+def _bring_back(path: str) -> bool:
+    """Run what is left in the log of an owner that is dead or done.
+
+    :returns: whether nothing is left
+    """
+    deadline = time.monotonic() + _RETRY_TIMEOUT_S
+    while True:
+        try:
+            undo.UndoLog.adopt(path, find_guest, hosts.PlainHost()).unwind()
+            return True
+        except FileNotFoundError:
+            return True
+        except ValueError:
+            LOG.exception('%s can not be understood', path)
+            return False
+        except (libvirt.libvirtError, exception.SnapshotError, OSError):
+            if time.monotonic() > deadline:
+                LOG.exception('%s is left for the next start of Nova', path)
+                return False
+            LOG.exception('%s is not finished, and tried again', path)
+            time.sleep(_RETRY_S)
 
 
 if __name__ == '__main__':

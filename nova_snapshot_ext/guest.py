@@ -20,6 +20,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import enum
+import grp
 import json
 import os
 import time
@@ -34,15 +35,6 @@ from nova_snapshot_ext import exception
 
 AGENT_CHANNEL = 'org.qemu.guest_agent.0'
 NOVA_METADATA = '{http://openstack.org/xmlns/libvirt/nova/1.1}instance'
-
-#: codes that say the agent got no command: it froze nothing, and will not
-#: (virterror.h; a command sent but not answered is AGENT_COMMAND_TIMEOUT)
-AGENT_NOT_REACHED = (
-    libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
-    libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,
-    libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
-    libvirt.VIR_ERR_OPERATION_INVALID,
-)
 
 #: what libvirt can take from a running guest and give back to it
 _DETACHABLE = ('./devices/hostdev[@type="pci"]',
@@ -62,6 +54,11 @@ _UNSAVABLE = {
 # Devices leave when the guest's kernel lets them go (ACPI, virDomain
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
+
+
+Wrap = collections.abc.Callable[
+    [collections.abc.Callable[..., typing.Any]],
+    collections.abc.Callable[..., typing.Any]]
 
 
 class LibvirtError(exception.SnapshotError):
@@ -107,12 +104,17 @@ class BlockJob:
 class Guest:
     """One libvirt domain: its state, its disks, and what is done to them."""
 
-    def __init__(self, domain: libvirt.virDomain, uri: str) -> None:
+    def __init__(self, domain: libvirt.virDomain, uri: str,
+                 in_thread: Wrap = lambda function: function) -> None:
         """:param uri: what another process can reach the domain's libvirt by
 
         A connection only tells the URI of the driver at its far end.
+
+        :param in_thread: makes a function one that does not hold up other
+            greenlets, where there are any
         """
         self._domain = domain
+        self._in_thread = in_thread
         self.uri = uri
         self.uuid: str = domain.UUIDString()
         self.name: str = domain.name()
@@ -174,11 +176,10 @@ class Guest:
             kib: int = self._domain.info()[2]
         return kib * 1024
 
-    def description(self, inactive: bool = False) -> ElementTree.Element:
+    def description(self) -> ElementTree.Element:
         """Its XML, as an element, without secrets."""
-        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
         with self._calling('Description'):
-            return ElementTree.fromstring(self._domain.XMLDesc(flags))
+            return ElementTree.fromstring(self._domain.XMLDesc(0))
 
     def belongs_to_nova(self) -> bool:
         """Whether Nova made it: Nova would act on what happens to it."""
@@ -209,14 +210,17 @@ class Guest:
     def qemu_gid(self) -> int | None:
         """The group that its QEMU runs as, None while it does not run.
 
-        libvirt's DAC label is ``+uid:+gid``
-        (https://libvirt.org/formatdomain.html, seclabel).
+        libvirt's DAC label is ``+uid:+gid``, or has names where an operator
+        wrote it (https://libvirt.org/formatdomain.html, seclabel).
         """
         label = self.description().findtext(
             './seclabel[@model="dac"]/label')
         if not label:
             return None
-        return int(label.rpartition(':')[2].lstrip('+'))
+        group = label.rpartition(':')[2]
+        if group.lstrip('+').isdecimal():
+            return int(group.lstrip('+'))
+        return grp.getgrnam(group).gr_gid
 
     # Its jobs
 
@@ -284,6 +288,16 @@ class Guest:
         return self.description().find(
             f'./devices/channel/target[@name="{AGENT_CHANNEL}"]'
             '[@state="connected"]') is not None
+
+    def agent_answers(self) -> bool:
+        """Whether a guest agent takes commands at all."""
+        try:
+            with self._calling('Guest agent'):
+                # A question that every agent knows (QEMU 1.5 and later).
+                self._domain.getTime()
+        except LibvirtError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def agent_timeout(
@@ -374,7 +388,7 @@ class Guest:
             self._domain.detachDeviceFlags(
                 device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
         deadline = time.monotonic() + _DETACH_TIMEOUT_S
-        while device in self.host_devices():
+        while self._has_device(device):
             if time.monotonic() > deadline:
                 raise exception.FreezeFailed(
                     f'{self.name} did not let go of a device within '
@@ -383,11 +397,16 @@ class Guest:
 
     def attach(self, device: str) -> None:
         """Give a device back, unless the running guest has it."""
-        if device in self.host_devices():
+        if self._has_device(device):
             return
         with self._calling('Attach of a device'):
             self._domain.attachDeviceFlags(
                 device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+    def _has_device(self, device: str) -> bool:
+        wanted = _host_address(device)
+        return any(_host_address(each) == wanted
+                   for each in self.host_devices())
 
     # Its internal snapshots, while it runs
 
@@ -400,8 +419,9 @@ class Guest:
         """
         request = json.dumps({'execute': command, 'arguments': arguments})
         with self._calling(command):
-            answer = json.loads(libvirt_qemu.qemuMonitorCommand(
-                self._domain, request, 0))
+            # A function of a module: Nova's proxies do not see it.
+            call = self._in_thread(libvirt_qemu.qemuMonitorCommand)
+            answer = json.loads(call(self._domain, request, 0))
         if 'error' in answer:
             raise exception.SnapshotError(
                 f'{command} of {self.name}: {answer["error"]["desc"]}')
@@ -419,3 +439,9 @@ class Guest:
                 found: dict[str, typing.Any] = node
                 return found
         return None
+
+
+def _host_address(device: str) -> dict[str, str]:
+    """Which device of the host it is; where the guest sees it may change."""
+    address = ElementTree.fromstring(device).find('./source/address')
+    return {} if address is None else dict(address.attrib)

@@ -12,6 +12,7 @@
 
 """What a flow may ask of whoever runs it, beyond libvirt."""
 
+import contextlib
 import os
 import typing
 
@@ -22,12 +23,17 @@ class Host(typing.Protocol):
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Change a file's owner; -1 leaves one as it is.
 
-        :param path: a file in a directory of ours, or a guest's own disk
+        :param path: a file in a directory of ours, or a guest's own disk,
+            with no symbolic link in it
         :raises OSError: if that is not allowed
         """
 
-    def power_up_cpus(self) -> None:
-        """Have the guest's dedicated CPUs on line before it is started."""
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        """Whether the guest that we stopped is still ours to start.
+
+        While the context lasts nobody deletes it; its dedicated CPUs are
+        on line.
+        """
 
 
 class PlainHost:
@@ -36,5 +42,5 @@ class PlainHost:
     def chown(self, path: str, uid: int, gid: int) -> None:
         os.chown(path, uid, gid, follow_symlinks=False)
 
-    def power_up_cpus(self) -> None:
-        pass
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True)

@@ -14,10 +14,13 @@
 
 import typing
 
+from oslo_log import log as logging
 import stevedore
 from stevedore import exception as stevedore_exception
 
 from nova_snapshot_ext import exception
+
+LOG = logging.getLogger(__name__)
 
 FLOWS = 'nova_snapshot_ext.flows'
 TRANSFERS = 'nova_snapshot_ext.transfers'
@@ -49,10 +52,17 @@ def load(namespace: str, name: str, setting: str) -> typing.Any:
 
 
 def load_all() -> None:
-    """Import every plugin, so that the undo steps of all are known."""
+    """Import every plugin, so that the undo steps of all are known.
+
+    One that can't be loaded must not keep those of the others from running.
+    """
     for namespace in (FLOWS, TRANSFERS, IMAGE_SERVICES):
         stevedore.ExtensionManager(
-            namespace, on_load_failure_callback=_fail)
+            namespace, on_load_failure_callback=_log)
+
+
+def _log(manager: object, entry_point: typing.Any, error: Exception) -> None:
+    LOG.error('The plugin %s can not be loaded: %s', entry_point.name, error)
 
 
 def _fail(manager: object, entry_point: typing.Any,

@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import time
+import typing
 
 from nova_snapshot_ext import disk
 from nova_snapshot_ext import exception
@@ -25,21 +26,28 @@ from nova_snapshot_ext import frozen
 from nova_snapshot_ext import undo
 
 _START_TIMEOUT_S = 30.0
-_END_TIMEOUT_S = 10.0
+# When a server that ignores SIGTERM is killed, and when that is given up.
+_KILL_AFTER_S = 5.0
+_END_TIMEOUT_S = 30.0
 
 
 @undo.step
 def end_server(around: undo.Surroundings, socket: str) -> None:
-    """End the qemu-nbd of a socket; its command line tells which it is."""
-    deadline = time.monotonic() + _END_TIMEOUT_S
-    number = signal.SIGTERM
+    """End the qemu-nbd of a socket; its command line tells which it is.
+
+    :raises UndoFailed: if it can't be ended
+    """
+    begun = time.monotonic()
     while pids := _servers_of(socket):
-        if time.monotonic() > deadline:
-            number = signal.SIGKILL
+        waited = time.monotonic() - begun
+        if waited > _END_TIMEOUT_S:
+            raise exception.UndoFailed(
+                f'The qemu-nbd of {socket} does not end: {pids}')
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        time.sleep(0.01)
+                os.kill(pid, signal.SIGTERM if waited < _KILL_AFTER_S
+                        else signal.SIGKILL)
+        time.sleep(0.05)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(socket)
 
@@ -50,6 +58,8 @@ def _servers_of(socket: str) -> list[int]:
     for name in os.listdir('/proc'):
         if name.isdigit():
             with contextlib.suppress(OSError):
+                if os.stat(f'/proc/{name}').st_uid != os.geteuid():
+                    continue
                 with open(f'/proc/{name}/cmdline', 'rb') as cmdline:
                     if wanted in cmdline.read().split(b'\0'):
                         found.append(int(name))
@@ -58,8 +68,8 @@ def _servers_of(socket: str) -> list[int]:
 
 @contextlib.contextmanager
 def serving(
-        options: dict[str, str], socket: str, target: str, capacity: int,
-        log: undo.UndoLog, snapshot: str | None = None,
+        options: dict[str, typing.Any], socket: str, target: str,
+        capacity: int, log: undo.UndoLog, snapshot: str | None = None,
 ) -> collections.abc.Iterator[frozen.FrozenDisk]:
     """Serve a file until the scope ends.
 
@@ -72,10 +82,10 @@ def serving(
     """
     command = [
         'qemu-nbd', '--read-only', '--persistent', '--shared=0',
-        f'--socket={socket}', f'--export-name={target}', '--image-opts']
+        f'--socket={socket}', f'--export-name={target}']
     if snapshot is not None:
         command.append(f'--load-snapshot=snapshot.name={snapshot}')
-    command.append(disk.image_opts(options))
+    command.append(disk.json_name(options))
     entry = log.push(end_server, socket=socket)
     with open(f'{socket}.log', 'w+') as messages:
         process = subprocess.Popen(
@@ -90,8 +100,10 @@ def serving(
                 f'qemu-nbd does not serve {target}: {error} '
                 f'{messages.read().strip()}') from error
         finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_AFTER_S)
             entry.run()
-            process.wait()
 
 
 class _NotServing(Exception):

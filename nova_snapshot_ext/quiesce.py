@@ -29,10 +29,12 @@ LOG = logging.getLogger(__name__)
 
 @undo.step
 @undo.with_guest
-def thaw(around: undo.Surroundings, guest: guests.Guest) -> None:
+def thaw(around: undo.Surroundings, guest: guests.Guest,
+         timeout_s: int) -> None:
     """A guest that is off, or whose agent thawed by itself, is thawed."""
     if guest.state() is not guests.State.SHUTOFF:
-        guest.thaw_filesystems()
+        with guest.agent_timeout(timeout_s):
+            guest.thaw_filesystems()
 
 
 @dataclasses.dataclass
@@ -66,24 +68,22 @@ def quiesced(
     """
     outcome = Outcome()
     required = request.quiesce is requests.Quiesce.REQUIRED
-    if (request.quiesce is requests.Quiesce.NEVER
-            or guest.state() is not guests.State.RUNNING
-            or not guest.agent_connected()):
+    if not _can_freeze(guest, request):
         if required:
-            raise exception.FreezeFailed(obstacle(guest, request) or '')
+            raise exception.FreezeFailed(
+                'It must be quiesced (os_require_quiesce), and its guest '
+                'agent does not answer')
         yield outcome
         return
-    entry = log.push(thaw, within_s=request.freeze_timeout)
+    entry = log.push(thaw, within_s=request.freeze_timeout,
+                     timeout_s=request.freeze_timeout)
     pause.begin()
     try:
         with guest.agent_timeout(request.freeze_timeout):
-            guest.freeze_filesystems()
+            frozen_count = guest.freeze_filesystems()
     except guests.LibvirtError as error:
-        if error.code not in guests.AGENT_NOT_REACHED:
-            # It may have frozen some file systems, or be about to.
-            with guest.agent_timeout(request.freeze_timeout):
-                guest.thaw_filesystems()
-        entry.drop()
+        # It may have frozen some file systems, or be about to.
+        entry.run()
         pause.end()
         if required:
             raise exception.FreezeFailed(
@@ -99,9 +99,22 @@ def quiesced(
             thawed = guest.thaw_filesystems()
         pause.end()
         entry.drop()
-    if thawed:
+    if thawed >= frozen_count > 0:
         outcome.consistency = frozen.Consistency.FILESYSTEM
     elif required:
         raise exception.FreezeFailed(
-            f'{guest.name} thawed before its disk was frozen, and must be '
+            f'Of {frozen_count} file systems of {guest.name} that were '
+            f'frozen, {thawed} still were after its disk was; it must be '
             f'quiesced (os_require_quiesce)')
+
+
+def _can_freeze(guest: guests.Guest, request: requests.Request) -> bool:
+    if request.quiesce is requests.Quiesce.NEVER:
+        return False
+    if (guest.state() is not guests.State.RUNNING
+            or not guest.agent_connected()):
+        return False
+    # An agent that hangs is found out before it is told to freeze: nobody
+    # could say afterwards whether it did.
+    with guest.agent_timeout(request.freeze_timeout):
+        return guest.agent_answers()

@@ -48,6 +48,8 @@ class Plan:
     candidates: list[selection.Candidate]
     transfer_name: str
     transfer: transfers.Transfer
+    #: what the image can take at most
+    image_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +100,15 @@ def plan(guest: guests.Guest, wished: selection.Wish,
     candidates = selection.candidates(wished, guest, (disk,), request)
     transfer_name, transfer = _choose_transfer(transfer_names, request)
     capacity = guest.capacity(disk.target)
-    needed = transfer.staging_bytes(
-        disks_.image_bytes(disks_.chain_of(disk), capacity)) + max(
-            candidate.flow.staging_bytes(disk, capacity)
-            for candidate in candidates)
+    image_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
+    needed = transfer.staging_bytes(image_bytes) + max(
+        candidate.flow.staging_bytes(disk, capacity)
+        for candidate in candidates)
     free = workspace.free_bytes(request.staging_directory)
     if free < needed:
         raise exception.NotEnoughRoom(
             request.staging_setting, request.staging_directory, needed, free)
-    return Plan(disk, candidates, transfer_name, transfer)
+    return Plan(disk, candidates, transfer_name, transfer, image_bytes)
 
 
 def _choose_transfer(
@@ -138,6 +140,7 @@ def take(
         was, and nothing is left behind
     """
     began = time.monotonic()
+    service.prepare(description, planned.image_bytes)
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(guards.Guard())
         log = stack.enter_context(
@@ -155,7 +158,7 @@ def take(
                 description,
                 properties=description.properties | Result.properties(
                     flow, planned.transfer_name, frozen)),
-            verify_hash, request.progress)
+            verify_hash, request.progress, log)
     result = Result(
         flow, planned.transfer_name, frozen.consistency,
         frozen.pause.seconds, published.length, time.monotonic() - began,

@@ -53,6 +53,8 @@ class Surroundings:
     host: hosts.Host
     #: the host was booted since: guests are Nova's to start, not ours
     rebooted: bool = False
+    #: who pushed the undo is dead, and may have left a call under way
+    owner_died: bool = False
 
 
 Step = collections.abc.Callable[..., None]
@@ -147,20 +149,20 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
                     f'{path} says how to undo a snapshot of {guest.name} '
                     f'that was cut off, which was not finished')
             os.ftruncate(descriptor, 0)
+            log = cls(path, descriptor, Surroundings(guest, host))
+            log._append({
+                'undo_log': VERSION,
+                'boot_id': boot_id(),
+                'uri': guest.uri,
+                'domain': guest.uuid,
+                'name': guest.name,
+                'pid': os.getpid(),
+                'begun': datetime.datetime.now(datetime.UTC).isoformat(),
+            })
+            _flush_directory(directory)
         except BaseException:
             os.close(descriptor)
             raise
-        log = cls(path, descriptor, Surroundings(guest, host))
-        log._append({
-            'undo_log': VERSION,
-            'boot_id': boot_id(),
-            'uri': guest.uri,
-            'domain': guest.uuid,
-            'name': guest.name,
-            'pid': os.getpid(),
-            'begun': datetime.datetime.now(datetime.UTC).isoformat(),
-        })
-        _flush_directory(directory)
         return log
 
     @classmethod
@@ -180,7 +182,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
             _drop_cut_line(descriptor)
             surroundings = Surroundings(
                 find_guest(found.uri, found.domain) if found.uri else None,
-                host, found.boot_id != boot_id())
+                host, rebooted=found.boot_id != boot_id(), owner_died=True)
         except BaseException:
             os.close(descriptor)
             raise
@@ -290,8 +292,11 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
 
     def _mark_done(self, entry: Entry) -> None:
         if entry in self._entries:
-            self._append({'entry': entry.number, 'done': True})
             self._entries.remove(entry)
+            # Without room for the mark, whoever reads the log runs the undo
+            # again, which does no harm.
+            with contextlib.suppress(OSError):
+                self._append({'entry': entry.number, 'done': True})
 
     def _append(self, record: dict[str, typing.Any]) -> None:
         line = json.dumps(record).encode() + b'\n'
@@ -398,6 +403,16 @@ def read(path: str) -> Contents:
         raise ValueError(f'{path} is not an undo log: {error}') from error
 
 
+def logs_in(directory: str) -> list[str]:
+    """The path of every log in a directory, which need not exist."""
+    try:
+        return sorted(os.path.join(directory, name)
+                      for name in os.listdir(directory)
+                      if name.endswith(SUFFIX))
+    except FileNotFoundError:
+        return []
+
+
 def _flush_directory(directory: str) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -407,10 +422,14 @@ def _flush_directory(directory: str) -> None:
 
 
 def with_guest(function: collections.abc.Callable[..., None]) -> Step:
-    """For undo steps of a guest: done if the guest is gone."""
+    """For undo steps of a guest that runs: done if the guest is gone.
+
+    Also done after a reboot of the host: whatever was changed in the guest
+    went with it, and its power is Nova's to decide.
+    """
     @functools.wraps(function)
     def wrapper(around: Surroundings, **arguments: typing.Any) -> None:
-        if around.guest is None:
+        if around.guest is None or around.rebooted:
             return
         try:
             function(around, around.guest, **arguments)

@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     """The command. :returns: its exit code"""
     options = _parser().parse_args(arguments)
+    # oslo.concurrency starts Python with -m: not from where we happen to be.
+    os.environ['PYTHONSAFEPATH'] = '1'
     try:
         configuration = _configuration(options)
         with _domain(options) as guest:
@@ -178,7 +180,8 @@ def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
 
 def _request(options: argparse.Namespace, configuration: typing.Any,
              guest: guests.Guest) -> requests.Request:
-    staging = options.staging or os.environ.get('TMPDIR') or '/var/tmp'
+    staging = os.path.abspath(
+        options.staging or os.environ.get('TMPDIR') or '/var/tmp')
     return requests.Request(
         image_format=getattr(options, 'format', 'qcow2'),
         compress=getattr(options, 'compress', False),
@@ -198,8 +201,14 @@ def _state_directory() -> str:
     """Nova's where there is one: its snapshots and ours exclude each other
     by the undo log's lock."""
     nova = '/var/lib/nova'
-    if os.path.isdir(nova):
-        return os.path.join(nova, 'snapshot-ext')
+    if os.access(nova, os.W_OK):
+        path = os.path.join(nova, 'snapshot-ext')
+        if not os.path.isdir(path):
+            # Whoever makes it first, it is Nova's.
+            owner = os.stat(nova)
+            os.mkdir(path, mode=0o700)
+            os.chown(path, owner.st_uid, owner.st_gid)
+        return path
     if os.geteuid() == 0:
         return '/var/lib/nova-snapshot-ext'
     return os.path.join(
@@ -268,7 +277,8 @@ def _default_name(guest: guests.Guest) -> str:
 def _service(options: argparse.Namespace) -> images.ImageService:
     if options.to != 'glance':
         destination = images.Destination(
-            directory=options.to, directory_setting='--to')
+            directory=os.path.abspath(options.to),
+            directory_setting='--to')
         name = 'directory'
     else:
         try:

@@ -42,36 +42,55 @@ LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
 # How long a managed save that its owner did not live to see may take.
 _SAVE_TIMEOUT_S = 600.0
+# How long libvirt may keep such a call waiting for the domain's lock
+# (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
+_LOCK_WAIT_S = 35.0
 
 
 @undo.step
 @undo.with_guest
 def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
-    """Start a guest that we stopped. After a reboot that is Nova's to do."""
-    if around.rebooted:
-        return
-    deadline = time.monotonic() + _SAVE_TIMEOUT_S
-    while guest.job_under_way() and time.monotonic() < deadline:
+    """Start a guest that we stopped.
+
+    :raises UndoFailed: if it is still being stopped
+    """
+    begun = time.monotonic()
+    while guest.state() is not guests.State.SHUTOFF:
+        waited = time.monotonic() - begun
+        if not guest.job_under_way() and (
+                not around.owner_died or waited > _LOCK_WAIT_S):
+            return
+        if waited > _SAVE_TIMEOUT_S:
+            raise exception.UndoFailed(
+                f'The memory of {guest.name} is still being saved')
         time.sleep(_POLL_S)
-    if guest.state() is guests.State.SHUTOFF and guest.has_managed_save():
-        around.host.power_up_cpus()
-        guest.start()
+    with around.host.may_start() as allowed:
+        if allowed and guest.has_managed_save():
+            guest.start()
 
 
 @undo.step
 @undo.with_guest
 def attach_device(around: undo.Surroundings, guest: guests.Guest,
                   device: str) -> None:
-    """Give back a device of the host, once the guest runs again."""
-    if not around.rebooted and guest.state() is not guests.State.SHUTOFF:
+    """Give back a device of the host, once the guest runs again.
+
+    :raises UndoFailed: if the guest was not started yet
+    """
+    if guest.state() is not guests.State.SHUTOFF:
         guest.attach(device)
+    elif guest.has_managed_save():
+        raise exception.UndoFailed(f'{guest.name} was not started')
 
 
 @undo.step
 def restore_owner(around: undo.Surroundings, path: str, uid: int,
                   gid: int) -> None:
-    """Give a block device back to whom it belonged."""
-    if os.path.exists(path):
+    """Give a disk back to whom it belonged, unless its guest runs.
+
+    libvirt owns the disks of a running guest.
+    """
+    if _opened_by_guest(around) is None and os.path.exists(path):
         around.host.chown(path, uid, gid)
 
 
@@ -83,18 +102,17 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
     :raises SnapshotError: if it is still there
     """
     for _ in range(5):
-        with contextlib.suppress(exception.GuestGone):
+        # The guest may start, stop or go meanwhile: then the other way is
+        # the right one, and the next round takes it.
+        try:
             if not _has_snapshot(around, path, name):
                 return
-            # The guest may start or stop meanwhile: then the other way is
-            # the right one, and the next round takes it.
-            try:
-                _delete_snapshot(around, path, name)
-            except exception.SnapshotError as error:
-                LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
-                time.sleep(0.2)
+            _delete_snapshot(around, path, name)
+        except exception.SnapshotError as error:
+            LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
+            time.sleep(0.2)
     if _has_snapshot(around, path, name):
-        raise exception.SnapshotError(
+        raise exception.UndoFailed(
             f'The internal snapshot {name} of {path} can not be deleted')
 
 
@@ -139,13 +157,18 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
 def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
                        path: str) -> None:
     """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
-    if not os.access(path, os.W_OK):
+    status = os.stat(path)
+    borrowed = not os.access(path, os.W_OK)
+    if borrowed:
         # libvirt gives the disk of a stopped guest to root where it could
-        # not remember whose it was, and back to QEMU at the next start.
-        around.host.chown(path, os.getuid(), -1)
-    qemu_img.run('snapshot', action, name, '--image-opts',
-                 disks_.image_opts(disks_.layer_options(
-                     disks_.Layer(path, 'qcow2'))))
+        # not remember whose it was.
+        around.host.chown(os.path.realpath(path), os.getuid(), -1)
+    try:
+        qemu_img.run('snapshot', action, name, disks_.json_name(
+            disks_.layer_options(disks_.Layer(path, 'qcow2'))))
+    finally:
+        if borrowed:
+            around.host.chown(os.path.realpath(path), status.st_uid, -1)
 
 
 class ColdFlow(base.Flow):
@@ -279,8 +302,8 @@ class _Source:
         if self._snapshot is not None:
             # The guest holds the locks of the file; the clusters of an
             # internal snapshot are not written as long as it exists.
-            options['force-share'] = 'on'
-            options['file.locking'] = 'off'
+            options['force-share'] = True
+            options['file']['locking'] = 'off'
         for layer in self._chain:
             self._make_readable(layer, log)
         return qemu_nbd.serving(
@@ -291,7 +314,8 @@ class _Source:
                        log: undo.UndoLog) -> None:
         if not layer.block or os.access(layer.path, os.R_OK):
             return
-        status = os.stat(layer.path)
-        log.push(restore_owner, path=layer.path, uid=status.st_uid,
+        path = os.path.realpath(layer.path)
+        status = os.stat(path)
+        log.push(restore_owner, path=path, uid=status.st_uid,
                  gid=status.st_gid)
-        log.surroundings.host.chown(layer.path, os.getuid(), -1)
+        log.surroundings.host.chown(path, os.getuid(), -1)

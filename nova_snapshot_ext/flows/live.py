@@ -53,7 +53,7 @@ def end_copy(around: undo.Surroundings, guest: guests.Guest, target: str,
 @undo.with_guest
 def resume_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
     """Let a guest run on that we suspended."""
-    if not around.rebooted and guest.state() is guests.State.PAUSED:
+    if guest.state() is guests.State.PAUSED:
         guest.resume()
 
 
@@ -136,7 +136,15 @@ class _Copy:
         return job.ready
 
     def end(self) -> None:
-        self._job.run()
+        """Leave the overlay as the disk is now.
+
+        :raises FreezeFailed: if the job is not what keeps both equal
+        """
+        if not self.ready():
+            raise exception.FreezeFailed(
+                f'The block copy of {self._target} fell behind')
+        self._guest.end_block_job(self._target)
+        self._job.drop()
 
     def serving(
             self, sockets: str, log: undo.UndoLog,

@@ -18,6 +18,7 @@ import dataclasses
 import typing
 
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
 
 
 class ImageBytes(abc.ABC):
@@ -90,10 +91,19 @@ class ImageService(abc.ABC):
     def __init__(self, destination: Destination) -> None:
         """:raises InvalidSetting: if the destination can't be used"""
 
+    def prepare(self, description: Description, most_bytes: int) -> None:
+        """Find out whether it could take such an image, and touch nothing.
+
+        :param most_bytes: what the image can take at most
+        :raises InvalidSetting: if the description is not acceptable
+        :raises NotEnoughRoom: if it is known to be too big
+        """
+
     @abc.abstractmethod
     def publish(
             self, image: ImageBytes, description: Description,
-            verify_hash: bool, progress: requests.Progress) -> Published:
+            verify_hash: bool, progress: requests.Progress,
+            log: undo.UndoLog) -> Published:
         """Take the bytes and the description, all of it or nothing.
 
         :param verify_hash: compare the hash of what arrived, and never let

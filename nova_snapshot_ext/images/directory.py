@@ -15,14 +15,22 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import uuid
 
 from nova_snapshot_ext import digest
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import base
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
+
+
+@undo.step
+def remove_part(around: undo.Surroundings, path: str) -> None:
+    """Remove what was written under a temporary name."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 class DirectoryService(base.ImageService):
@@ -38,36 +46,38 @@ class DirectoryService(base.ImageService):
         self._directory = destination.directory
         self._setting = destination.directory_setting
 
+    def prepare(self, description: base.Description,
+                most_bytes: int) -> None:
+        self._free_path(description)
+        free = workspace.free_bytes(self._directory)
+        if free < most_bytes:
+            raise exception.NotEnoughRoom(
+                self._setting, self._directory, most_bytes, free)
+
     def publish(
             self, image: base.ImageBytes, description: base.Description,
             verify_hash: bool, progress: requests.Progress,
-    ) -> base.Published:
-        free = workspace.free_bytes(self._directory)
-        if free < image.length:
-            raise exception.NotEnoughRoom(
-                self._setting, self._directory, image.length, free)
+            log: undo.UndoLog) -> base.Published:
         path = self._free_path(description)
-        token = uuid.uuid4().hex
-        part = os.path.join(self._directory, f'.{token}.part')
-        part_document = f'{part}.json'
-        try:
-            self._write(image, part, progress)
-            expected = image.digest('sha512')
-            if verify_hash and digest.of_file(part, 'sha512') != expected:
+        part = os.path.join(self._directory, f'.{secrets.token_hex(8)}')
+        document = f'{part}.json'
+        with log.scope():
+            for left in (part, document):
+                log.push(remove_part, path=left)
+            try:
+                self._write(image, part, progress)
+                expected = image.digest('sha512')
+                if verify_hash and digest.of_file(part, 'sha512') != expected:
+                    raise exception.ImageServiceError(
+                        f'{path} would not hold the bytes that were sent')
+                _write_document(document, description, image, expected)
+                # The document first: an image that is there is described.
+                os.rename(document, f'{path}.json')
+                os.rename(part, path)
+                _flush(self._directory)
+            except OSError as error:
                 raise exception.ImageServiceError(
-                    f'{path} would not hold the bytes that were sent')
-            _write_document(part_document, description, image, expected)
-            # The document first: an image that is there is described.
-            os.rename(part_document, f'{path}.json')
-            os.rename(part, path)
-            _flush(self._directory)
-        except OSError as error:
-            raise exception.ImageServiceError(
-                f'{path} can not be written: {error}') from error
-        finally:
-            for left in (part, part_document):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
+                    f'{path} can not be written: {error}') from error
         return base.Published(path, image.length)
 
     def _free_path(self, description: base.Description) -> str:

@@ -29,6 +29,7 @@ import requests as http
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import base
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class GlanceService(base.ImageService):
     def publish(
             self, image: base.ImageBytes, description: base.Description,
             verify_hash: bool, progress: requests.Progress,
-    ) -> base.Published:
+            log: undo.UndoLog) -> base.Published:
         if self._image_id is not None:
             self._fill(self._image_id, image, description, verify_hash,
                        progress)
@@ -229,13 +230,15 @@ class _Attempt(contextlib.AbstractContextManager['_Attempt']):
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None, traceback: object) -> bool:
         self.error = error
-        return not self._last and (
-            isinstance(error, _BROKEN) or _is_server_error(error))
+        return not self._last and _may_pass(error)
 
 
-def _is_server_error(error: BaseException | None) -> bool:
-    return (isinstance(error, sdk_exceptions.HttpException)
-            and error.status_code in (502, 503, 504))
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether another attempt may find the way, or the server, better."""
+    # The SDK's errors of HTTP are OSErrors as well.
+    if isinstance(error, sdk_exceptions.HttpException):
+        return error.status_code in (502, 503, 504)
+    return isinstance(error, _BROKEN)
 
 
 @contextlib.contextmanager

@@ -78,10 +78,10 @@ class StagedTransfer(base.Transfer):
 
 def _convert(disk: frozen.FrozenDisk, path: str,
              request: requests.Request) -> None:
-    arguments = ['convert', '--image-opts', '-O', request.image_format]
+    arguments = ['convert', '-O', request.image_format]
     if request.compress and request.image_format == 'qcow2':
         arguments.append('-c')
-    arguments += [disks_.image_opts(disk.block_options()), path]
+    arguments += [disks_.json_name(disk.block_options()), path]
     try:
         qemu_img.run(*arguments, limits=qemu_img.CONVERT_LIMITS,
                      timeout=request.convert_timeout)

@@ -19,6 +19,7 @@ import tempfile
 
 import libvirt
 from oslo_utils.imageutils import format_inspector
+from testtools import content
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as our_guests
@@ -33,6 +34,11 @@ from nova_snapshot_ext import undo
 from tests.functional import base
 from tests.functional import guests
 from tests.functional import images
+
+
+def text(words: str) -> content.Content:
+    """What a test adds to its details."""
+    return content.text_content(words)
 
 
 class SnapshotTestCase(base.FunctionalTestCase):

@@ -1,0 +1,271 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Snapshots as tenants take them, on the small cloud."""
+
+import os
+import pathlib
+
+from tests.cloud import base
+
+
+class ImageTest(base.CloudTestCase):
+    """The image itself, by each flow and in each format."""
+
+    def test_each_flow_gives_images_that_servers_boot_from(self):
+        server = self.server()
+        for form in ('qcow2', 'raw'):
+            if form == 'raw':
+                self.configure('libvirt.snapshot_image_format=raw')
+            for flow in ('cold', 'live'):
+                self._take_and_boot(server, flow, form)
+
+    def _take_and_boot(self, server, flow: str, form: str) -> None:
+        before = self.wait_writes(server)
+        image = self.snapshot(server, snapshot_flow=flow)
+        after = self.wait_writes(server)
+        self.assertEqual(form, image.disk_format)
+        self.assertEqual(flow, image.properties['snapshot_ext_flow'])
+        self.assertEqual('staged', image.properties['snapshot_ext_transfer'])
+        self.assertEqual(
+            'crash', image.properties['snapshot_ext_consistency'])
+        self.assertEqual('snapshot', image.properties['image_location'])
+        self.assertEqual('ACTIVE', self.status(server))
+        self.assert_good(image, before, after)
+        second = self.server(image.id)
+        self.assertTrue(
+            before <= self.booted_from(second) <= after + 1)
+
+    def test_best_flow_serves_when_none_is_asked_for(self):
+        server = self.server()
+        image = self.snapshot(server)
+        self.assertEqual('live', image.properties['snapshot_ext_flow'])
+        self.assertEqual('0', image.properties['snapshot_ext_guest_pause_ms'])
+
+
+class ServerStateTest(base.CloudTestCase):
+    """A snapshot leaves the server in the state that it had."""
+
+    def test_paused(self):
+        server = self.server()
+        self.compute.pause_server(server)
+        self.wait_status(server, 'PAUSED')
+        at = self.counter(server)
+        for flow in ('cold', 'live'):
+            image = self.snapshot(server, snapshot_flow=flow)
+            self.assert_good(image, at, at)
+            self.assertEqual('PAUSED', self.status(server))
+            self.assertEqual('paused', self.domain_state(server))
+        self.compute.unpause_server(server)
+        self.wait_status(server, 'ACTIVE')
+        self.wait_writes(server)
+
+    def test_suspended(self):
+        server = self.server()
+        self.compute.suspend_server(server)
+        self.wait_status(server, 'SUSPENDED')
+        image = self.snapshot(server)
+        self.assert_good(image, 1, 10 ** 6)
+        self.assertEqual('cold', image.properties['snapshot_ext_flow'])
+        self.assertEqual(
+            'crash', image.properties['snapshot_ext_consistency'])
+        self.assertEqual('SUSPENDED', self.status(server))
+        self.assertEqual('shut off', self.domain_state(server))
+        at = self.counter(server)
+        self.compute.resume_server(server)
+        self.wait_status(server, 'ACTIVE')
+        # From its memory: it counts on, and did not boot again.
+        self.assertGreaterEqual(self.wait_writes(server), at)
+        self.assertEqual(1, self.console(server).count('booted from'))
+
+    def test_stopped(self):
+        server = self.server()
+        self.compute.stop_server(server)
+        self.wait_status(server, 'SHUTOFF')
+        image = self.snapshot(server)
+        self.assert_good(image, 1, 10 ** 6)
+        self.assertEqual(
+            'stopped', image.properties['snapshot_ext_consistency'])
+        self.assertEqual('SHUTOFF', self.status(server))
+        self.assertEqual('shut off', self.domain_state(server))
+
+
+class CallerTest(base.CloudTestCase):
+    """Nova's other ways to a snapshot."""
+
+    def test_backup(self):
+        server = self.server()
+        before = self.counter(server)
+        self.compute.backup_server(
+            server, f'{server.name}-backup', 'daily', 1)
+        image = None
+
+        def made() -> bool:
+            nonlocal image
+            image = self.cloud.image.find_image(
+                f'{server.name}-backup', ignore_missing=True)
+            return image is not None and image.status == 'active'
+        self.wait(made, 'the backup')
+        self.addCleanup(self.cloud.image.delete_image, image.id)
+        self.wait_status(server, 'ACTIVE')
+        self.assertEqual('live', image.properties['snapshot_ext_flow'])
+        self.assertEqual('daily', image.properties['backup_type'])
+        self.assert_good(image, before, self.wait_writes(server))
+
+    def test_shelve_and_unshelve(self):
+        server = self.server()
+        self.compute.shelve_server(server)
+        self.wait_status(server, 'SHELVED_OFFLOADED')
+        image = self.cloud.image.find_image(
+            f'{server.name}-shelved', ignore_missing=False)
+        self.addCleanup(self.cloud.image.delete_image, image.id,
+                        ignore_missing=True)
+        self.assertEqual(
+            'stopped', image.properties['snapshot_ext_consistency'])
+        self.assert_good(image, 1, 10 ** 6)
+        self.compute.unshelve_server(server)
+        self.wait_status(server, 'ACTIVE')
+        self.wait_writes(server)
+        self.assertGreater(self.booted_from(server), 0)
+
+
+class RequestTest(base.CloudTestCase):
+    """What tenants and operators may ask for."""
+
+    def test_request_is_for_one_snapshot_only(self):
+        server = self.server()
+        image = self.snapshot(server, snapshot_flow='cold')
+        self.assertNotIn('snapshot_flow', image.properties)
+        second = self.server(image.id)
+        again = self.snapshot(second)
+        self.assertEqual('live', again.properties['snapshot_ext_flow'])
+
+    def test_refused_requests_say_why_and_leave_nothing(self):
+        server = self.server()
+        details = self.refused_snapshot(server, snapshot_flow='warm')
+        self.assertIn('warm', details)
+        self.assertIn('live, cold', details)
+        self.compute.stop_server(server)
+        self.wait_status(server, 'SHUTOFF')
+        details = self.refused_snapshot(server, snapshot_flow='live')
+        self.assertIn('the guest is shut off', details)
+        self.assertEqual('SHUTOFF', self.status(server))
+
+    def test_configuration_and_flavor_choose_the_flow(self):
+        self.configure('snapshot_ext.flows=cold', 'snapshot_ext.flows=live',
+                       'snapshot_ext.request_flows=cold',
+                       'snapshot_ext.verify=hash')
+        server = self.server()
+        image = self.snapshot(server)
+        self.assertEqual('cold', image.properties['snapshot_ext_flow'])
+        self.assertGreater(
+            int(image.properties['snapshot_ext_guest_pause_ms']), 0)
+        details = self.refused_snapshot(server, snapshot_flow='live')
+        self.assertIn('this cloud allows cold', details)
+        flavor = self.compute.create_flavor(
+            name=f'{server.name}-flavor', ram=256, vcpus=1, disk=1)
+        self.addCleanup(self.compute.delete_flavor, flavor)
+        self.compute.create_flavor_extra_specs(
+            flavor, {'snapshot_ext:flow': 'live'})
+        other = self.server(flavor=flavor.name)
+        image = self.snapshot(other)
+        self.assertEqual('live', image.properties['snapshot_ext_flow'])
+
+
+class OperatorTest(base.CloudTestCase):
+    """What the operator's settings and the host decide."""
+
+    def test_domain_stays_persistent_and_compute_is_unprivileged(self):
+        server = self.server()
+        image_id = self.request_snapshot(server, snapshot_flow='live')
+        seen = set()
+
+        def ended() -> bool:
+            persistent = base.run('virsh', '-c', 'qemu:///system', 'list',
+                                  '--persistent', '--uuid')
+            seen.add(server.id in persistent)
+            image = self.cloud.image.get_image(image_id)
+            return image.status == 'active'
+        self.wait(ended, 'the snapshot')
+        self.wait_idle(server)
+        self.assertEqual({True}, seen)
+        pid = self._compute_pid()
+        self.assertNotEqual(0, os.stat(f'/proc/{pid}').st_uid)
+
+    def _compute_pid(self) -> int:
+        for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+            words = path.read_bytes().split(b'\0')
+            if any(word.endswith(b'/nova-compute') for word in words):
+                return int(path.parent.name)
+        raise AssertionError('nova-compute does not run')
+
+    def test_stock_options_are_honoured(self):
+        directory = base.ROOT / 'nova' / 'staging'
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o777)
+        self.addCleanup(directory.rmdir)
+        self.configure('workarounds.disable_libvirt_livesnapshot=true',
+                       'libvirt.snapshot_compression=true',
+                       f'libvirt.snapshots_directory={directory}')
+        server = self.server()
+        before = self.counter(server)
+        image = self.snapshot(server)
+        self.assertEqual('cold', image.properties['snapshot_ext_flow'])
+        self.assert_good(image, before, self.wait_writes(server))
+        checked = base.images.qemu_img_check(self.image_file(image))
+        self.assertGreater(checked['compressed-clusters'], 0)
+
+    def test_image_deleted_meanwhile_ends_the_snapshot_quietly(self):
+        server = self.server()
+        image_id = self.request_snapshot(server)
+        self.cloud.image.delete_image(image_id)
+        self.wait_idle(server)
+        self.assertEqual('ACTIVE', self.status(server))
+        self.wait_writes(server)
+
+    def test_server_deleted_meanwhile_leaves_nothing(self):
+        server = self.server()
+        image_id = self.request_snapshot(server, snapshot_flow='cold')
+        self._delete_server(server)
+        self.wait(lambda: self.cloud.image.find_image(
+            image_id, ignore_missing=True) is None, 'the image to go')
+        self.assertFalse(self.disk(server).exists())
+        self.wait(lambda: not any(self.state_directory.iterdir()),
+                  'the undo log to go')
+
+    def test_agent_quiesces_the_file_systems(self):
+        image = self.cloud.image.find_image('guest', ignore_missing=False)
+        self.cloud.image.update_image(
+            image, hw_qemu_guest_agent='yes', os_require_quiesce='yes')
+        self.addCleanup(self._forget_agent, image.id)
+        server = self.server()
+        self.wait(lambda: "state='connected'" in self.domain_xml(server),
+                  'the agent')
+        before = self.wait_writes(server)
+        taken = self.snapshot(server)
+        self.assertEqual(
+            'filesystem', taken.properties['snapshot_ext_consistency'])
+        counters = base.images.filesystem_counters(
+            (self.image_file(taken), 'qcow2'), base.images.DATA_PARTITION,
+            must_be_clean=True)
+        self.assertTrue(
+            before <= counters[0] <= self.wait_writes(server) + 1)
+        # Cold can't quiesce: with nothing else it is said, not done.
+        details = self.refused_snapshot(server, snapshot_flow='cold')
+        self.assertIn('os_require_quiesce', details)
+
+    def _forget_agent(self, image_id: str) -> None:
+        self.cloud.image.patch(f'/images/{image_id}', json=[
+            {'op': 'remove', 'path': '/hw_qemu_guest_agent'},
+            {'op': 'remove', 'path': '/os_require_quiesce'}], headers={
+                'Content-Type':
+                    'application/openstack-images-v2.1-json-patch'})
