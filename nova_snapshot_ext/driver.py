@@ -23,6 +23,7 @@ from nova.compute import vm_states
 import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
+from nova.image import glance as nova_glance
 from nova import objects
 import nova.privsep.path
 from nova import service_auth
@@ -328,11 +329,18 @@ def _image_service(context: nova_context.RequestContext,
 
 
 def _glance(context: nova_context.RequestContext) -> typing.Any:
-    """openstacksdk's image proxy with the rights of the request: [glance]
-    and [service_user] say how."""
-    return nova_utils.get_sdk_adapter(
+    """Give openstacksdk's image proxy with the rights of the request.
+
+    [glance] and [service_user] say how.
+    """
+    proxy = nova_utils.get_sdk_adapter(
         'image', admin=False, context=context,
         ksa_auth=service_auth.get_service_user_token_auth_plugin(context))
+    # A request's own auth plugin finds endpoints in its catalog and knows
+    # nothing of versions.
+    endpoint = next(nova_glance.get_api_servers(context))
+    proxy.endpoint_override = f'{endpoint.rstrip("/")}/v2'
+    return proxy
 
 
 @contextlib.contextmanager
@@ -362,3 +370,9 @@ def _translated(instance: objects.Instance,
     except (exception.SnapshotError, OSError) as error:
         LOG.error('No snapshot was taken: %s', error, instance=instance)
         raise nova_exception.NovaException(str(error)) from error
+    except nova_exception.NovaException:
+        raise
+    except Exception:
+        # Nova's snapshot pool keeps what comes out of here to itself.
+        LOG.exception('No snapshot was taken', instance=instance)
+        raise

@@ -73,7 +73,11 @@ class DirectoryService(base.ImageService):
                 _write_document(document, description, image, expected)
                 # The document first: an image that is there is described.
                 os.rename(document, f'{path}.json')
-                os.rename(part, path)
+                try:
+                    os.rename(part, path)
+                except OSError:
+                    os.unlink(f'{path}.json')
+                    raise
                 _flush(self._directory)
             except OSError as error:
                 raise exception.ImageServiceError(

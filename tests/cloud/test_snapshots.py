@@ -36,8 +36,10 @@ class ImageTest(base.CloudTestCase):
         self.assertEqual(form, image.disk_format)
         self.assertEqual(flow, image.properties['snapshot_ext_flow'])
         self.assertEqual('staged', image.properties['snapshot_ext_transfer'])
+        # The guest has an agent, which cold does not ask.
         self.assertEqual(
-            'crash', image.properties['snapshot_ext_consistency'])
+            {'cold': 'crash', 'live': 'filesystem'}[flow],
+            image.properties['snapshot_ext_consistency'])
         self.assertEqual('snapshot', image.properties['image_location'])
         self.assertEqual('ACTIVE', self.status(server))
         self.assert_good(image, before, after)
@@ -49,7 +51,8 @@ class ImageTest(base.CloudTestCase):
         server = self.server()
         image = self.snapshot(server)
         self.assertEqual('live', image.properties['snapshot_ext_flow'])
-        self.assertEqual('0', image.properties['snapshot_ext_guest_pause_ms'])
+        self.assertEqual(
+            'filesystem', image.properties['snapshot_ext_consistency'])
 
 
 class ServerStateTest(base.CloudTestCase):
@@ -244,9 +247,8 @@ class OperatorTest(base.CloudTestCase):
 
     def test_agent_quiesces_the_file_systems(self):
         image = self.cloud.image.find_image('guest', ignore_missing=False)
-        self.cloud.image.update_image(
-            image, hw_qemu_guest_agent='yes', os_require_quiesce='yes')
-        self.addCleanup(self._forget_agent, image.id)
+        self.cloud.image.update_image(image, os_require_quiesce='yes')
+        self.addCleanup(self._forget, image.id, 'os_require_quiesce')
         server = self.server()
         self.wait(lambda: "state='connected'" in self.domain_xml(server),
                   'the agent')
@@ -263,9 +265,9 @@ class OperatorTest(base.CloudTestCase):
         details = self.refused_snapshot(server, snapshot_flow='cold')
         self.assertIn('os_require_quiesce', details)
 
-    def _forget_agent(self, image_id: str) -> None:
-        self.cloud.image.patch(f'/images/{image_id}', json=[
-            {'op': 'remove', 'path': '/hw_qemu_guest_agent'},
-            {'op': 'remove', 'path': '/os_require_quiesce'}], headers={
+    def _forget(self, image_id: str, name: str) -> None:
+        self.cloud.image.patch(
+            f'/images/{image_id}',
+            json=[{'op': 'remove', 'path': f'/{name}'}], headers={
                 'Content-Type':
                     'application/openstack-images-v2.1-json-patch'})
