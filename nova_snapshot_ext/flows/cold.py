@@ -42,6 +42,11 @@ LOG = logging.getLogger(__name__)
 _POLL_S = 0.05
 # How long a managed save that its owner did not live to see may take.
 _SAVE_TIMEOUT_S = 600.0
+# A snapshot counts every cluster anew, while the guest is stopped. QEMU's own
+# caches hold the tables of 256 GiB; these hold those of 1 TiB in use, and
+# take memory only as they fill.
+_TABLE_CACHES = {'l2-cache-size': 128 * 1024 ** 2,
+                 'refcount-cache-size': 64 * 1024 ** 2}
 # How long libvirt may keep such a call waiting for the domain's lock
 # (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
 _LOCK_WAIT_S = 35.0
@@ -165,7 +170,8 @@ def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
         around.host.chown(os.path.realpath(path), os.getuid(), -1)
     try:
         qemu_img.run('snapshot', action, name, disks_.json_name(
-            disks_.layer_options(disks_.Layer(path, 'qcow2'))))
+            disks_.layer_options(disks_.Layer(path, 'qcow2'))
+            | _TABLE_CACHES))
     finally:
         if borrowed:
             around.host.chown(os.path.realpath(path), status.st_uid, -1)
