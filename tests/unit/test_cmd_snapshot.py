@@ -1,0 +1,353 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import io
+import json
+import os
+import typing
+
+import fixtures
+import libvirt
+
+from nova_snapshot_ext.cmd import snapshot as cmd
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import snapshot
+from tests.unit import base
+from tests.unit import fakes
+
+RESULT = snapshot.Result(
+    'live', 'staged', frozen.Consistency.CRASH, 0.25, 4096, 1.5, '/i/a.qcow2')
+
+
+class CommandTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.new_file('disk', b'\0' * 4096)
+        self.domain.disks = fakes.disk_xml(self.path)
+        self.target = self.new_directory('images')
+        self.uris: list[str] = []
+        self.patch_name('libvirt.open', lambda uri: (
+            self.uris.append(uri), self.domain.connection)[1])
+        self.patch_name('libvirt.registerErrorHandler',
+                        lambda handler, context: None)
+        self.patch_name('nova_snapshot_ext.cmd.snapshot._state_directory',
+                        lambda: self.state)
+        self.patch_name('oslo_log.log.setup', lambda *arguments: None)
+        self.useFixture(fixtures.EnvironmentVariable(
+            'TMPDIR', self.staging))
+        self.useFixture(fixtures.EnvironmentVariable('PYTHONSAFEPATH'))
+        self.taken: list[tuple[typing.Any, ...]] = []
+        self.error: Exception | None = None
+        self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
+
+    def take(self, *arguments: typing.Any,
+             **more: typing.Any) -> snapshot.Result:
+        self.taken.append((*arguments, more))
+        if self.error is not None:
+            raise self.error
+        return RESULT
+
+    def run_command(self, *arguments: str) -> int:
+        self.out, self.err = io.StringIO(), io.StringIO()
+        with fixtures.MonkeyPatch('sys.stdout', self.out), \
+                fixtures.MonkeyPatch('sys.stderr', self.err):
+            return cmd.main(arguments)
+
+    def create(self, *arguments: str) -> int:
+        return self.run_command('create', '--to', self.target, *arguments,
+                                'instance-00000001')
+
+
+class TestCreate(CommandTestCase):
+
+    def test_snapshot_goes_into_a_directory(self) -> None:
+        self.assertEqual(0, self.create())
+        [(guest, host, planned, request, service, description, more)] = (
+            self.taken)
+        self.assertEqual(fakes.UUID, guest.uuid)
+        self.assertEqual(['live', 'cold'], [
+            each.name for each in planned.candidates])
+        self.assertEqual(
+            ('qcow2', False, self.staging, self.state, True),
+            (request.image_format, request.compress,
+             request.staging_directory, request.state_directory,
+             request.may_stop))
+        self.assertRegex(description.name,
+                         '^instance-00000001-[0-9]{8}T[0-9]{6}Z$')
+        self.assertEqual({'verify_hash': False}, more)
+
+    def test_result_is_one_line(self) -> None:
+        self.create()
+        self.assertEqual(
+            '/i/a.qcow2: 4096 bytes, flow live, transfer staged, '
+            'consistency crash, guest paused 0.25 s, 1.5 s\n',
+            self.out.getvalue())
+        self.assertEqual('', self.err.getvalue())
+
+    def test_result_is_one_json_document(self) -> None:
+        self.create('--json')
+        self.assertEqual({
+            'domain': 'instance-00000001', 'flow': 'live',
+            'transfer': 'staged', 'consistency': 'crash',
+            'guest_pause_s': 0.25, 'length': 4096, 'duration_s': 1.5,
+            'location': '/i/a.qcow2'}, json.loads(self.out.getvalue()))
+
+    def test_options_are_passed_on(self) -> None:
+        other = self.new_directory('other')
+        self.create('--format', 'raw', '--name', 'mine', '--verify-hash',
+                    '--quiesce', 'never', '--staging', other, '--compress')
+        request, description, more = (
+            self.taken[0][3], self.taken[0][5], self.taken[0][6])
+        self.assertEqual(
+            ('raw', True, 'never', other),
+            (request.image_format, request.compress,
+             request.quiesce.value, request.staging_directory))
+        self.assertEqual(('mine', 'raw', 'bare'), (
+            description.name, description.disk_format,
+            description.container_format))
+        self.assertTrue(more['verify_hash'])
+
+    def test_flow_by_name_is_the_only_candidate(self) -> None:
+        self.create('--flow', 'cold')
+        self.assertEqual(['cold'], [
+            each.name for each in self.taken[0][2].candidates])
+
+    def test_libvirts_uri_can_be_chosen(self) -> None:
+        self.run_command('--connect', 'qemu:///session', 'create', '--to',
+                         self.target, fakes.UUID)
+        self.assertEqual(['qemu:///session'], self.uris)
+        self.assertTrue(self.domain.connection.closed)
+
+    def test_configuration_can_be_read(self) -> None:
+        path = self.new_file(
+            'nova.conf', b'[snapshot_ext]\nflows = cold\n'
+            b'freeze_timeout = 3\n')
+        self.run_command('--config-file', path, 'create', '--to',
+                         self.target, fakes.UUID)
+        self.assertEqual(3, self.taken[0][3].freeze_timeout)
+        self.assertEqual(['cold'], [
+            each.name for each in self.taken[0][2].candidates])
+
+    def test_programs_are_not_looked_for_where_we_are(self) -> None:
+        self.create()
+        self.assertEqual('1', os.environ['PYTHONSAFEPATH'])
+
+
+class TestNovasGuest(CommandTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.rest = (
+            '<metadata><instance xmlns='
+            '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
+
+    def test_it_is_not_stopped(self) -> None:
+        self.assertEqual(cmd.REFUSED, self.create('--flow', 'cold'))
+        self.assertIn('Nova owns', self.err.getvalue())
+        self.assertEqual([], self.taken)
+
+    def test_it_is_stopped_by_force(self) -> None:
+        self.assertEqual(0, self.create('--flow', 'cold', '--force'))
+        self.assertTrue(self.taken[0][3].may_stop)
+
+    def test_it_is_copied_while_it_runs(self) -> None:
+        self.create()
+        self.assertEqual(['live'], [
+            each.name for each in self.taken[0][2].candidates])
+
+
+class TestExitCodes(CommandTestCase):
+
+    def assertFailed(self, code: int, message: str,
+                     *arguments: str) -> None:
+        self.assertEqual(code, self.create(*arguments))
+        self.assertRegex(self.err.getvalue(), f'^nova-snapshot: .*{message}')
+        self.assertEqual(1, self.err.getvalue().count('\n'))
+        self.assertEqual('', self.out.getvalue())
+
+    def test_command_line_that_is_not_valid(self) -> None:
+        for arguments in ((), ('create',), ('create', 'a'), ('sing', 'a'),
+                          ('create', '--to', 'x', '--format', 'iso', 'a')):
+            error = self.assertRaises(
+                SystemExit, self.run_command, *arguments)
+            self.assertEqual(cmd.USAGE, error.code)
+
+    def test_no_such_domain(self) -> None:
+        self.domain.connection.domains = ()
+        self.assertFailed(cmd.NO_DOMAIN, 'no domain instance-00000001')
+
+    def test_libvirt_that_is_not_there(self) -> None:
+        def refuse(uri: str) -> None:
+            raise fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT, 'no socket')
+        self.patch_name('libvirt.open', refuse)
+        self.assertFailed(cmd.FAILED, 'no socket')
+
+    def test_unknown_flow(self) -> None:
+        self.assertFailed(cmd.REFUSED, 'installed are cold, live',
+                          '--flow', 'warm')
+
+    def test_flow_that_can_not_serve(self) -> None:
+        self.domain.off()
+        self.assertFailed(cmd.REFUSED, 'shut off', '--flow', 'live')
+
+    def test_encrypted_disk(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, inside="<encryption format='luks'/>")
+        self.assertFailed(cmd.REFUSED, 'encrypted')
+
+    def test_directory_that_is_not_there(self) -> None:
+        self.assertFailed(cmd.REFUSED, '--staging = ', '--staging', '/none')
+        os.rmdir(self.target)
+        self.assertFailed(cmd.REFUSED, '--to = ')
+
+    def test_configuration_that_can_not_be_read(self) -> None:
+        self.assertEqual(cmd.REFUSED, self.run_command(
+            '--config-file', '/none', 'create', '--to', self.target, 'a'))
+        self.assertIn('--config-file', self.err.getvalue())
+
+    def test_snapshot_that_fails(self) -> None:
+        for error, code in (
+                (exception.GuestBusy('busy'), cmd.BUSY),
+                (exception.GuestGone('gone'), cmd.NO_DOMAIN),
+                (exception.FreezeFailed('no'), cmd.FAILED),
+                (exception.UndoFailed('no'), cmd.FAILED),
+                (exception.ImageRefused('413'), cmd.FAILED),
+                (exception.NotEnoughRoom('--to', '/d', 2, 1), cmd.REFUSED),
+                (PermissionError('denied'), cmd.FAILED)):
+            self.error = error
+            self.assertFailed(code, str(error).split('=')[0])
+
+    def test_cloud_that_is_not_known(self) -> None:
+        self.useFixture(fixtures.EnvironmentVariable(
+            'OS_CLIENT_CONFIG_FILE', '/none'))
+        self.assertEqual(cmd.REFUSED, self.run_command(
+            'create', '--to', 'glance', '--cloud', 'nowhere',
+            'instance-00000001'))
+        self.assertIn('--cloud', self.err.getvalue())
+
+
+class TestFlows(CommandTestCase):
+
+    def test_each_flow_says_whether_it_can_serve(self) -> None:
+        self.domain.off()
+        self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
+        self.assertEqual(
+            'cold: can serve\nlive: the guest is shut off\n',
+            self.out.getvalue())
+
+    def test_json(self) -> None:
+        self.domain.off()
+        self.run_command('flows', '--json', 'instance-00000001')
+        self.assertEqual(
+            {'cold': {'serves': True, 'obstacle': None},
+             'live': {'serves': False, 'obstacle': 'the guest is shut off'}},
+            json.loads(self.out.getvalue())['flows'])
+
+    def test_disk_that_is_not_safe_is_an_obstacle(self) -> None:
+        self.domain.disks = fakes.disk_xml(self.path, 'qcow2')
+        self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
+        self.assertIn('no qcow2 header', self.out.getvalue())
+
+
+class FakeBar:
+    made: list['FakeBar'] = []
+
+    def __init__(self, **options: object) -> None:
+        self.made.append(self)
+        self.n = self.total = 0
+
+    def __enter__(self) -> 'FakeBar':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, more: int) -> None:
+        self.n += more
+
+
+class TestProgress(CommandTestCase):
+
+    def progress(self, *arguments: str) -> str:
+        self.patch_name('nova_snapshot_ext.cmd.snapshot._PLAIN_LINE_S', 0)
+        real = self.take
+
+        def take(*values: typing.Any, **more: typing.Any) -> snapshot.Result:
+            values[3].progress(1000, 4000)
+            values[3].progress(4000, 4000)
+            return real(*values, **more)
+        self.patch_name('nova_snapshot_ext.snapshot.take', take)
+        self.create(*arguments)
+        return self.err.getvalue()
+
+    def test_lines_where_there_is_no_terminal(self) -> None:
+        self.assertEqual(
+            '1000 of 4000 bytes\n4000 of 4000 bytes\n', self.progress())
+
+    def test_nothing_beside_json(self) -> None:
+        self.assertEqual('', self.progress('--json'))
+
+    def test_bar_on_a_terminal(self) -> None:
+        terminal = type('Terminal', (io.StringIO,), {
+            'isatty': lambda self: True})
+        self.patch_name('tests.unit.test_cmd_snapshot.io.StringIO', terminal)
+        FakeBar.made.clear()
+        self.patch_name('tqdm.tqdm', FakeBar)
+        self.progress()
+        [bar] = FakeBar.made
+        self.assertEqual((4000, 4000), (bar.n, bar.total))
+
+
+class TestStateDirectory(base.TestCase):
+
+    def test_without_nova_and_root_it_is_ones_own(self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        self.patch_name('os.geteuid', lambda: 1000)
+        self.useFixture(fixtures.EnvironmentVariable(
+            'XDG_STATE_HOME', self.directory))
+        self.assertEqual(
+            os.path.join(self.directory, 'nova-snapshot-ext'),
+            cmd._state_directory())
+
+    def test_root_has_one_of_the_host(self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        self.patch_name('os.geteuid', lambda: 0)
+        self.assertEqual('/var/lib/nova-snapshot-ext',
+                         cmd._state_directory())
+
+    def test_novas_is_novas_whoever_makes_it(self) -> None:
+        made: list[object] = []
+        self.patch_name('os.access', lambda path, mode: True)
+        self.patch_name('os.path.isdir', lambda path: False)
+        self.patch_name('os.stat', lambda path: os.stat_result(
+            (0, 0, 0, 0, 42, 43, 0, 0, 0, 0)))
+        self.patch_name('os.mkdir', lambda path, mode: made.append(
+            (path, mode)))
+        self.patch_name('os.chown', lambda *owner: made.append(owner))
+        path = '/var/lib/nova/snapshot-ext'
+        self.assertEqual(path, cmd._state_directory())
+        self.assertEqual([(path, 0o700), (path, 42, 43)], made)
+
+
+class TestDestination(CommandTestCase):
+
+    def test_relative_directory_is_taken_from_where_we_are(self) -> None:
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.directory)
+        self.run_command('create', '--to', 'images', 'instance-00000001')
+        service = self.taken[0][4]
+        self.assertIsInstance(service, images.ImageService)
+        self.assertEqual(self.target, service._directory)

@@ -1,0 +1,435 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+
+import libvirt
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.flows import cold
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+from tests.unit import base
+from tests.unit import doubles
+from tests.unit import fakes
+
+PCI = '<hostdev type="pci"><source><address bus="1" /></source></hostdev>'
+PORT = ('<interface type="hostdev"><source><address bus="2" /></source>'
+        '</interface>')
+
+
+class ColdTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.new_file('disk', base.qcow2_header())
+        self.domain.disks = fakes.disk_xml(
+            self.path, 'qcow2', inside='<backingStore/>')
+        self.flow = cold.ColdFlow()
+
+    def use_raw_disk(self) -> None:
+        self.domain.disks = fakes.disk_xml(self.path, 'raw')
+
+
+class TestObstacle(ColdTestCase):
+
+    def obstacle(self, **changes: object) -> str:
+        why = self.flow.obstacle(self.guest, (self.guest.root_disk(),),
+                                 self.request(**changes))
+        self.assertEqual([], self.journal, 'the guest was touched')
+        return why or ''
+
+    def test_running_guest_can_be_stopped(self) -> None:
+        self.assertEqual('', self.obstacle())
+
+    def test_guest_in_transition_can_not(self) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_SHUTDOWN, 0]
+        self.assertIn('in transition', self.obstacle())
+
+    def test_only_files_and_block_devices_are_read(self) -> None:
+        self.domain.disks = fakes.disk_xml('x', 'raw', kind='network')
+        self.assertIn('network disk', self.obstacle())
+
+    def test_every_layer_must_be_readable(self) -> None:
+        self.use_raw_disk()
+        self.patch_name('os.access', lambda path, mode: False)
+        self.assertIn(f'can not read {self.path}', self.obstacle())
+
+    def test_guest_that_may_not_be_stopped_is_left_alone(self) -> None:
+        self.assertIn('Nova owns', self.obstacle(may_stop=False))
+
+    def test_stopped_guest_may_be_read_whatever_may_be_stopped(
+            self) -> None:
+        self.domain.off()
+        self.domain.persistent = False
+        self.assertEqual('', self.obstacle(
+            may_stop=False, quiesce=requests.Quiesce.REQUIRED))
+
+    def test_guest_that_must_be_quiesced_is_not_stopped(self) -> None:
+        self.assertIn('os_require_quiesce', self.obstacle(
+            quiesce=requests.Quiesce.REQUIRED))
+
+    def test_transient_guest_is_not_stopped(self) -> None:
+        self.domain.persistent = False
+        self.assertIn('transient', self.obstacle())
+
+    def test_job_of_the_guest_is_not_disturbed(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.assertIn('another job', self.obstacle())
+
+    def test_job_of_any_disk_is_not_disturbed(self) -> None:
+        self.domain.disks += fakes.disk_xml('/b', target='vdb')
+        self.domain.copies['vdb'] = '/theirs'
+        self.assertIn('vdb has a block job (copy)', self.obstacle())
+
+    def test_device_that_can_not_be_saved_is_an_obstacle(self) -> None:
+        self.domain.devices = '<shmem/>'
+        self.assertIn('shared memory', self.obstacle())
+
+    def test_memory_needs_its_room(self) -> None:
+        self.domain.kib = 2 ** 60
+        self.assertIn(f'its memory may take {2 ** 70} bytes in {self.save}',
+                      self.obstacle())
+
+
+class TestFreeze(ColdTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.watch_flushes()
+        self.qemu_img = doubles.QemuImg(self.journal)
+        self.nbd = doubles.QemuNbd(self.journal)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
+        self.patch_name('nova_snapshot_ext.qemu_nbd.serving',
+                        self.nbd.serving)
+        self.patch_name('libvirt_qemu.qemuMonitorCommand',
+                        self.qemu_img.monitor)
+        self.log = self.new_log()
+        self.journal.clear()
+
+    def freeze(self) -> frozen.Frozen:
+        with self.flow.freeze(self.guest, (self.guest.root_disk(),),
+                              self.request(), self.log) as found:
+            self.journal.append('read here')
+        return found
+
+    def steps(self, *more: str) -> list[str]:
+        return self.journal.of(
+            'managedSave', 'createWithFlags', 'detach', 'attach', 'serve',
+            'end serve', 'read', 'qemu-img snapshot', 'may_start', 'delete',
+            *more)
+
+    def test_guest_runs_again_before_its_disk_is_read(self) -> None:
+        found = self.freeze()
+        self.assertEqual(
+            ['managedSave', 'qemu-img snapshot -c', 'may_start',
+             'createWithFlags', 'serve snapshot', 'read here', 'end serve',
+             'delete by monitor'], self.steps())
+        self.assertEqual(frozen.Consistency.CRASH, found.consistency)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.domain.current_state[0])
+
+    def test_each_undo_is_written_before_its_step(self) -> None:
+        self.domain.devices = PCI
+        self.freeze()
+        for before, after in (
+                ('flushed attach_device', 'detachDeviceFlags'),
+                ('flushed start_guest', 'managedSave'),
+                ('flushed delete_internal_snapshot',
+                 'qemu-img snapshot -c')):
+            self.assertLess(self.journal.index(before),
+                            self.journal.index(after))
+
+    def test_devices_come_back_after_the_guest(self) -> None:
+        self.domain.devices = PCI + PORT
+        self.freeze()
+        self.assertEqual(
+            ['detachDeviceFlags', 'detachDeviceFlags', 'managedSave',
+             'createWithFlags', 'attachDeviceFlags', 'attachDeviceFlags'],
+            self.journal.of('detach', 'managed', 'create', 'attach'))
+
+    def test_nothing_is_left_to_undo(self) -> None:
+        self.freeze()
+        self.assertEqual(0, self.log.pending)
+        self.assertEqual([], self.qemu_img.snapshots)
+        self.assertEqual([], [each for each in os.listdir(self.state)
+                              if not each.endswith('.undo')])
+
+    def test_raw_disk_is_read_before_the_guest_is_started(self) -> None:
+        self.use_raw_disk()
+        self.freeze()
+        self.assertEqual(
+            ['managedSave', 'serve disk', 'read here', 'end serve',
+             'may_start', 'createWithFlags'], self.steps())
+
+    def test_paused_guest_comes_back_paused(self) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        self.freeze()
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED,
+                         self.domain.current_state[0])
+
+    def test_stopped_guest_stays_off(self) -> None:
+        self.domain.off()
+        found = self.freeze()
+        self.assertEqual(['serve disk', 'read here', 'end serve'],
+                         self.steps())
+        self.assertEqual(frozen.Consistency.STOPPED, found.consistency)
+
+    def test_suspended_guest_keeps_its_save(self) -> None:
+        self.domain.off(libvirt.VIR_DOMAIN_SHUTOFF_SAVED)
+        self.domain.managed_save = True
+        found = self.freeze()
+        self.assertEqual(['serve disk', 'read here', 'end serve'],
+                         self.steps())
+        self.assertTrue(self.domain.managed_save)
+        self.assertEqual(frozen.Consistency.CRASH, found.consistency)
+
+    def test_save_means_that_the_guest_was_not_shut_down(self) -> None:
+        self.domain.off()
+        self.domain.managed_save = True
+        self.assertEqual(frozen.Consistency.CRASH,
+                         self.freeze().consistency)
+
+    def test_guest_that_was_killed_is_crash_consistent(self) -> None:
+        self.domain.off(libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+        self.assertEqual(frozen.Consistency.CRASH,
+                         self.freeze().consistency)
+
+    def test_guest_is_started_when_the_snapshot_can_not_be_made(
+            self) -> None:
+        self.domain.devices = PCI
+        self.qemu_img.fails.add('-c')
+        self.assertRaises(exception.CommandFailed, self.freeze)
+        self.assertEqual(
+            ['managedSave', 'createWithFlags', 'attachDeviceFlags'],
+            self.journal.of('managed', 'create', 'attach'))
+        self.assertEqual(0, self.log.pending)
+
+    def test_devices_come_back_when_the_save_fails(self) -> None:
+        self.domain.devices = PCI
+        self.domain.errors['managedSave'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED)
+        self.assertRaises(exception.SnapshotError, self.freeze)
+        self.assertEqual(
+            ['detachDeviceFlags', 'managedSave', 'attachDeviceFlags'],
+            self.journal.of('detach', 'managed', 'create', 'attach'))
+
+    def test_guest_is_started_when_reading_fails(self) -> None:
+        self.use_raw_disk()
+        self.nbd.error = exception.FreezeFailed('no socket')
+        self.assertRaises(exception.FreezeFailed, self.freeze)
+        self.assertEqual('createWithFlags', self.steps()[-1])
+
+    def test_save_is_kept_when_the_start_fails(self) -> None:
+        self.domain.errors['createWithFlags'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED)
+        self.assertRaises(exception.SnapshotError, self.freeze)
+        self.assertTrue(self.domain.managed_save)
+        self.assertEqual(1, self.log.pending)
+
+    def test_pause_ends_with_the_start(self) -> None:
+        found = self.freeze()
+        self.assertEqual(found.pause.seconds, found.pause.seconds)
+        self.assertLess(0, found.pause.seconds)
+
+    def test_internal_snapshot_is_read_past_the_guests_locks(self) -> None:
+        self.freeze()
+        self.assertEqual(
+            (True, 'off'), (self.nbd.options['force-share'],
+                            self.nbd.options['file']['locking']))
+
+    def test_disk_of_a_stopped_guest_is_read_under_its_lock(self) -> None:
+        self.domain.off()
+        self.freeze()
+        self.assertNotIn('force-share', self.nbd.options)
+
+
+class TestUndo(ColdTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('time.sleep', lambda seconds: None)
+        self.around = undo.Surroundings(self.guest, self.host)
+        self.rebooted = undo.Surroundings(self.guest, self.host, True)
+        self.orphaned = undo.Surroundings(
+            self.guest, self.host, owner_died=True)
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+
+    def stop(self) -> None:
+        self.guest.save_memory()
+        self.journal.clear()
+
+    def test_guest_is_started_while_nobody_deletes_it(self) -> None:
+        self.stop()
+        cold.start_guest(self.around)
+        self.assertEqual(
+            ['may_start', 'createWithFlags', 'start lock is free'],
+            self.journal)
+
+    def test_start_twice_starts_once(self) -> None:
+        self.stop()
+        cold.start_guest(self.around)
+        cold.start_guest(self.around)
+        self.assertEqual(['createWithFlags'], self.journal.of('create'))
+
+    def test_guest_that_is_no_longer_ours_is_not_started(self) -> None:
+        self.stop()
+        self.host.allowed = False
+        cold.start_guest(self.around)
+        self.assertEqual([], self.journal.of('create'))
+        self.assertTrue(self.domain.managed_save)
+
+    def test_guest_is_not_started_after_a_reboot(self) -> None:
+        self.stop()
+        cold.start_guest(self.rebooted)
+        cold.attach_device(self.rebooted, device=PCI)
+        self.assertEqual([], self.journal)
+        self.assertTrue(self.domain.managed_save)
+
+    def test_guest_that_someone_shut_off_is_not_started(self) -> None:
+        self.domain.off()
+        cold.start_guest(self.around)
+        self.assertEqual([], self.journal.of('create'))
+
+    def test_guest_that_was_not_stopped_is_left_alone(self) -> None:
+        cold.start_guest(self.around)
+        self.assertEqual([], self.journal)
+
+    def test_save_that_is_under_way_is_waited_for(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+
+        def saved(seconds: float) -> None:
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+            self.guest.save_memory()
+        self.patch_name('time.sleep', saved)
+        cold.start_guest(self.around)
+        self.assertEqual(['managedSave', 'createWithFlags'],
+                         self.journal.of('managed', 'create'))
+
+    def test_save_of_a_dead_owner_may_still_wait_for_its_turn(self) -> None:
+        def saved(seconds: float) -> None:
+            self.now += 10.0
+            if self.now == 30.0:
+                self.guest.save_memory()
+        self.patch_name('time.sleep', saved)
+        cold.start_guest(self.orphaned)
+        self.assertEqual(['managedSave', 'createWithFlags'],
+                         self.journal.of('managed', 'create'))
+
+    def test_save_that_never_came_is_not_waited_for_without_end(
+            self) -> None:
+        def tick(seconds: float) -> None:
+            self.now += 10.0
+        self.patch_name('time.sleep', tick)
+        cold.start_guest(self.orphaned)
+        self.assertEqual([], self.journal)
+
+    def test_save_without_end_is_tried_again_later(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+
+        def tick(seconds: float) -> None:
+            self.now += 100.0
+        self.patch_name('time.sleep', tick)
+        self.assertRaises(exception.UndoFailed, cold.start_guest,
+                          self.around)
+
+    def test_device_waits_for_a_guest_that_will_be_started(self) -> None:
+        self.stop()
+        self.assertRaises(exception.UndoFailed, cold.attach_device,
+                          self.around, device=PCI)
+
+    def test_device_is_not_attached_to_a_guest_that_is_off(self) -> None:
+        self.domain.off()
+        cold.attach_device(self.around, device=PCI)
+        self.assertEqual([], self.journal)
+
+    def test_device_is_attached_once(self) -> None:
+        for _ in range(2):
+            cold.attach_device(self.around, device=PCI)
+        self.assertEqual(['attachDeviceFlags'], self.journal)
+
+    def test_owner_is_given_back_if_the_device_is_there(self) -> None:
+        self.domain.off()
+        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
+        cold.restore_owner(self.around, path='/none', uid=1, gid=2)
+        self.assertEqual([f'chown {self.path} 1 2'], self.journal)
+
+    def test_libvirt_owns_the_disks_of_a_running_guest(self) -> None:
+        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
+        self.assertEqual([], self.journal)
+
+
+class TestDelete(ColdTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('time.sleep', lambda seconds: None)
+        self.qemu_img = doubles.QemuImg(self.journal)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
+        self.patch_name('libvirt_qemu.qemuMonitorCommand',
+                        self.qemu_img.monitor)
+        self.qemu_img.path = self.path
+        self.qemu_img.snapshots = ['mine', 'theirs']
+
+    def delete(self, guest: object = 0) -> None:
+        cold.delete_internal_snapshot(
+            undo.Surroundings(self.guest if guest == 0 else None, self.host),
+            path=self.path, name='mine')
+
+    def test_running_guests_is_deleted_by_qemu(self) -> None:
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
+
+    def test_stopped_guests_is_deleted_by_qemu_img(self) -> None:
+        self.domain.off()
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['qemu-img snapshot -d'],
+                         self.journal.of('qemu-img snapshot'))
+
+    def test_twice_does_no_harm(self) -> None:
+        self.delete()
+        self.delete()
+        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
+
+    def test_way_that_lies_is_found_out(self) -> None:
+        self.qemu_img.lies = True
+        self.assertRaisesRegex(
+            exception.SnapshotError, 'can not be deleted', self.delete)
+
+    def test_guest_that_is_gone_left_its_file(self) -> None:
+        self.delete(None)
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+
+    def test_file_that_is_gone_has_none(self) -> None:
+        os.unlink(self.path)
+        self.delete(None)
+        self.assertEqual([], self.journal.of('delete', 'qemu-img snapshot'))
+
+    def test_disk_that_libvirt_gave_to_root_is_taken_back(self) -> None:
+        self.domain.off()
+        self.patch_name('os.access', lambda path, mode: False)
+        self.delete()
+        uid = os.stat(self.path).st_uid
+        self.assertEqual(
+            [f'chown {self.path} {os.getuid()} -1',
+             'qemu-img snapshot -d', f'chown {self.path} {uid} -1'],
+            self.journal.of('chown', 'qemu-img snapshot'))
+
+    def test_guest_that_stops_meanwhile(self) -> None:
+        self.qemu_img.before_delete = self.domain.off
+        self.qemu_img.fails.add('monitor')
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)

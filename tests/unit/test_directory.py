@@ -1,0 +1,184 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import hashlib
+import io
+import json
+import os
+import typing
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext.images import directory
+from nova_snapshot_ext import request as requests
+from tests.unit import base
+
+CONTENT = b'image' * 1000
+
+
+class Bytes(images.ImageBytes):
+    independent = True
+    length = len(CONTENT)
+    content = CONTENT
+
+    def open(self) -> typing.BinaryIO:
+        return io.BytesIO(self.content)
+
+    def digest(self, algorithm: str) -> str:
+        return hashlib.new(algorithm, CONTENT).hexdigest()
+
+
+class TestDirectory(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.target = self.new_directory('images')
+        self.image = Bytes()
+        self.log = self.new_log()
+
+    def service(self) -> directory.DirectoryService:
+        return directory.DirectoryService(images.Destination(
+            directory=self.target, directory_setting='--to'))
+
+    def publish(self, name: str = 'snap', verify_hash: bool = False,
+                progress: requests.Progress = requests.no_progress,
+                ) -> images.Published:
+        return self.service().publish(
+            self.image, self.description(name), verify_hash, progress,
+            self.log)
+
+    def description(self, name: str = 'snap') -> images.Description:
+        return images.Description(
+            name, 'qcow2', 'bare', {'snapshot_ext_flow': 'cold'})
+
+    def test_image_and_its_description_are_written(self) -> None:
+        published = self.publish(verify_hash=True)
+        path = os.path.join(self.target, 'snap.qcow2')
+        self.assertEqual(images.Published(path, len(CONTENT)), published)
+        with open(path, 'rb') as file:
+            self.assertEqual(CONTENT, file.read())
+        with open(f'{path}.json') as document:
+            self.assertEqual({
+                'name': 'snap', 'disk_format': 'qcow2',
+                'container_format': 'bare', 'size': len(CONTENT),
+                'os_hash_algo': 'sha512',
+                'os_hash_value': hashlib.sha512(CONTENT).hexdigest(),
+                'properties': {'snapshot_ext_flow': 'cold'},
+            }, json.load(document))
+        self.assertEqual(2, len(os.listdir(self.target)))
+
+    def test_image_appears_when_it_is_whole(self) -> None:
+        seen: list[str] = []
+        real = os.rename
+        self.patch_name('os.rename', lambda old, new: (
+            seen.append(f'{os.path.basename(new)} '
+                        f'{os.stat(old).st_size > 0}'), real(old, new)))
+        during: list[list[str]] = []
+        self.publish(progress=lambda done, total: during.append(
+            [each for each in os.listdir(self.target)
+             if not each.startswith('.')]))
+        self.assertEqual(['snap.qcow2.json True', 'snap.qcow2 True'], seen)
+        self.assertEqual([], during[-1])
+
+    def test_image_is_on_the_disk_before_it_appears(self) -> None:
+        real_sync, real_rename = os.fsync, os.rename
+        self.patch_name('os.fsync', lambda descriptor: (
+            self.journal.append('sync'), real_sync(descriptor))[1])
+        self.patch_name('os.rename', lambda old, new: (
+            self.journal.append('rename'), real_rename(old, new))[1])
+        self.publish()
+        self.assertEqual(['rename', 'rename', 'sync'], [
+            each for number, each in enumerate(self.journal)
+            if number >= self.journal.index('rename')][:3])
+        self.assertLessEqual(2, self.journal.index('rename'))
+
+    def test_existing_image_is_not_overwritten(self) -> None:
+        for taken in ('snap.qcow2', 'snap.qcow2.json'):
+            path = os.path.join(self.target, taken)
+            with open(path, 'w') as file:
+                file.write('precious')
+            self.assertRaisesRegex(
+                exception.InvalidSetting, 'exists already',
+                self.service().prepare, self.description(), 0)
+            self.assertRaisesRegex(
+                exception.InvalidSetting, 'exists already', self.publish)
+            with open(path) as file:
+                self.assertEqual('precious', file.read())
+            os.unlink(path)
+
+    def test_undo_is_written_before_the_image(self) -> None:
+        self.watch_flushes()
+        seen: list[str] = []
+        self.publish(progress=lambda done, total: seen.extend(
+            self.journal.of('flushed')))
+        self.assertEqual(['flushed remove_part'] * 2, seen[:2])
+        self.assertEqual(0, self.log.pending)
+
+    def assertNothingIsLeft(self) -> None:
+        self.assertEqual([], os.listdir(self.target))
+
+    def test_nothing_is_left_of_a_short_image(self) -> None:
+        self.image.content = CONTENT[:-1]
+        self.assertRaisesRegex(
+            exception.ImageServiceError,
+            f'{len(CONTENT) - 1} bytes of {len(CONTENT)}', self.publish)
+        self.assertNothingIsLeft()
+
+    def test_nothing_is_left_of_other_bytes(self) -> None:
+        self.image.content = CONTENT[:-1] + b'?'
+        self.assertRaises(exception.ImageServiceError, self.publish,
+                          verify_hash=True)
+        self.assertNothingIsLeft()
+
+    def test_nothing_is_left_when_writing_fails(self) -> None:
+        def full(source: object, target: object, length: int) -> None:
+            raise OSError('No space left on device')
+        self.patch_name('shutil.copyfileobj', full)
+        self.assertRaisesRegex(
+            exception.ImageServiceError, 'No space', self.publish)
+        self.assertNothingIsLeft()
+
+    def test_nothing_is_left_when_the_image_can_not_appear(self) -> None:
+        real = os.rename
+
+        def fail(old: str, new: str) -> None:
+            if new.endswith('.qcow2'):
+                raise OSError('I/O error')
+            real(old, new)
+        self.patch_name('os.rename', fail)
+        self.assertRaises(exception.ImageServiceError, self.publish)
+        self.assertNothingIsLeft()
+
+    def test_there_must_be_room(self) -> None:
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 99)
+        self.assertRaises(exception.NotEnoughRoom, self.service().prepare,
+                          self.description(), 100)
+        self.service().prepare(self.description(), 99)
+        self.assertNothingIsLeft()
+
+    def test_name_stays_in_the_directory(self) -> None:
+        for name, expected in (('../../evil', '_.._evil.qcow2'),
+                               ('.hidden', 'hidden.qcow2'),
+                               ('..', 'image.qcow2')):
+            self.assertEqual(
+                os.path.join(self.target, expected),
+                self.publish(name).location)
+
+    def test_directory_must_be_set_and_exist(self) -> None:
+        self.assertRaises(
+            exception.InvalidSetting, directory.DirectoryService,
+            images.Destination())
+        self.assertRaisesRegex(
+            exception.InvalidSetting, '^--to = /none ',
+            directory.DirectoryService, images.Destination(
+                directory='/none', directory_setting='--to'))

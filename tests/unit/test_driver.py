@@ -1,0 +1,667 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import collections.abc
+import contextlib
+import os
+import typing
+
+import fixtures
+from nova.compute import power_state
+from nova.compute import task_states
+from nova.compute import vm_states
+import nova.conf
+from nova import context as nova_context
+from nova import exception as nova_exception
+from nova import objects
+from oslo_config import fixture as config_fixture
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova_snapshot_ext import conf
+from nova_snapshot_ext import driver
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import snapshot
+from nova_snapshot_ext import undo
+from tests.unit import base
+from tests.unit import fakes
+
+objects.register_all()
+journal = fakes.Journal()
+
+
+@undo.step
+@undo.with_guest
+def demo_recovery(around: undo.Surroundings, guest: guests.Guest) -> None:
+    journal.append(f'recovered {guest.name}')
+    with around.host.may_start() as allowed:
+        journal.append(f'may start {allowed}')
+
+
+class FakeService(images.ImageService):
+    def __init__(self) -> None:
+        pass
+
+    def publish(self, *arguments: object) -> images.Published:
+        raise AssertionError('take() is a double here')
+
+
+class FakeNovaHost:
+    """What Nova's host.Host is to the driver."""
+
+    _uri = fakes.URI
+
+    def __init__(self, domain: fakes.FakeDomain) -> None:
+        self.domain: fakes.FakeDomain | None = domain
+
+    def get_guest(self, instance: objects.Instance) -> object:
+        if self.domain is None:
+            raise nova_exception.InstanceNotFound(instance_id=instance.uuid)
+        return type('Guest', (), {'_domain': self.domain})()
+
+
+class FakeImageAPI:
+    def __init__(self) -> None:
+        self.image: dict[str, typing.Any] = {
+            'id': uuids.image, 'name': 'snap', 'properties': {}}
+
+    def get(self, context: object, image_id: str) -> dict[str, typing.Any]:
+        return self.image
+
+
+class DriverTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        conf.register_opts(nova.conf.CONF)
+        self.config = self.useFixture(
+            config_fixture.Config(nova.conf.CONF)).config
+        nova.conf.CONF([], project='nova', default_config_files=[],
+                       default_config_dirs=[])
+        self.config(host='compute-1', state_path=self.directory)
+        self.config(virt_type='kvm', snapshots_directory=self.staging,
+                    group='libvirt')
+        self.config(state_directory=self.state,
+                    managed_save_directory=self.save, group='snapshot_ext')
+        self.path = self.new_file('disk', b'\0' * 4096)
+        self.domain.disks = fakes.disk_xml(self.path)
+        self.context = nova_context.get_admin_context()
+        self.instance = objects.Instance(
+            uuid=fakes.UUID, id=1, host='compute-1', project_id='p',
+            task_state=task_states.IMAGE_SNAPSHOT,
+            vm_state=vm_states.ACTIVE, power_state=power_state.RUNNING,
+            kernel_id='', ramdisk_id=None, os_type=None,
+            image_ref=uuids.base, system_metadata={},
+            flavor=objects.Flavor(extra_specs={}))
+        self.driver = driver.SnapshotLibvirtDriver.__new__(
+            driver.SnapshotLibvirtDriver)
+        self.driver._host = self.nova_host = FakeNovaHost(self.domain)
+        self.driver._image_api = self.api = FakeImageAPI()
+        self.events: list[str] = []
+        self.patch_name('nova.compute.utils.EventReporter', self.event)
+        self.patch_name('nova_snapshot_ext.driver._image_service',
+                        lambda context, image_id: FakeService())
+        self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
+        self.patch_name(
+            'nova.virt.libvirt.driver.LibvirtDriver.snapshot',
+            lambda *arguments: self.events.append('nova'))
+        self.taken: list[dict[str, typing.Any]] = []
+        self.error: Exception | None = None
+        self.states: list[tuple[str, str | None]] = []
+
+    @contextlib.contextmanager
+    def event(self, context: object, name: str, host: str,
+              uuid: str) -> collections.abc.Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.events.append(f'{name} {type(error).__name__}')
+            raise
+        self.events.append(name)
+
+    def take(self, guest: guests.Guest, host: object,
+             planned: snapshot.Plan, request: requests.Request,
+             service: object, description: images.Description,
+             verify_hash: bool = False,
+             before_upload: collections.abc.Callable[
+                 [], None] = lambda: None) -> None:
+        self.states.append(('take', None))
+        self.taken.append({
+            'flows': [each.name for each in planned.candidates],
+            'request': request, 'description': description,
+            'verify_hash': verify_hash, 'guest': guest})
+        if self.error is not None:
+            raise self.error
+        before_upload()
+
+    def update_task_state(
+            self, task_state: str,
+            expected_state: str = task_states.IMAGE_SNAPSHOT) -> None:
+        """As Nova's manager has it for snapshots."""
+        self.instance.task_state = task_state
+        self.states.append((task_state, expected_state))
+
+    def snapshot(self, update_task_state: typing.Any = None) -> None:
+        self.driver.snapshot(
+            self.context, self.instance, uuids.image,
+            update_task_state or self.update_task_state)
+
+
+class TestTaskStates(DriverTestCase):
+
+    EXPECTED = [
+        (task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_SNAPSHOT),
+        ('take', None),
+        (task_states.IMAGE_UPLOADING, task_states.IMAGE_PENDING_UPLOAD)]
+
+    def test_snapshot(self) -> None:
+        self.snapshot()
+        self.assertEqual(self.EXPECTED, self.states)
+        self.assertEqual(['snapshot_ext_snapshot'], self.events)
+
+    def test_backup(self) -> None:
+        self.instance.task_state = task_states.IMAGE_BACKUP
+
+        def update(task_state: str, expected_state: str =
+                   task_states.IMAGE_BACKUP) -> None:
+            self.update_task_state(task_state, expected_state)
+        self.snapshot(update)
+        self.assertEqual(
+            [(task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_BACKUP),
+             *self.EXPECTED[1:]], self.states)
+
+    def test_shelve_knows_three_states_only(self) -> None:
+        self.instance.task_state = task_states.SHELVING
+        states = {
+            task_states.IMAGE_PENDING_UPLOAD:
+                task_states.SHELVING_IMAGE_PENDING_UPLOAD,
+            task_states.IMAGE_UPLOADING:
+                task_states.SHELVING_IMAGE_UPLOADING,
+            task_states.SHELVING: task_states.SHELVING}
+
+        def update(task_state: str, expected_state: str =
+                   task_states.SHELVING) -> None:
+            self.update_task_state(states[task_state],
+                                   states[expected_state])
+        self.snapshot(update)
+        self.assertEqual(
+            [(task_states.SHELVING_IMAGE_PENDING_UPLOAD,
+              task_states.SHELVING),
+             ('take', None),
+             (task_states.SHELVING_IMAGE_UPLOADING,
+              task_states.SHELVING_IMAGE_PENDING_UPLOAD)], self.states)
+
+    def test_cross_cell_resize_wants_none(self) -> None:
+        self.instance.task_state = task_states.RESIZE_MIGRATING
+        self.snapshot(lambda *arguments, **more: None)
+        self.assertEqual([('take', None)], self.states)
+        self.assertEqual(task_states.RESIZE_MIGRATING,
+                         self.instance.task_state)
+
+    def test_state_is_not_changed_when_no_snapshot_can_be_taken(
+            self) -> None:
+        self.instance.flavor.extra_specs['snapshot_ext:flow'] = 'warm'
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        self.assertEqual([], self.states)
+
+    def test_instance_that_is_deleted_meanwhile_is_novas_error(
+            self) -> None:
+        def update(task_state: str, **more: object) -> None:
+            raise nova_exception.UnexpectedDeletingTaskStateError(
+                instance_uuid=fakes.UUID, expected={}, actual={})
+        self.assertRaises(nova_exception.UnexpectedDeletingTaskStateError,
+                          self.snapshot, update)
+
+
+class TestErrors(DriverTestCase):
+
+    def assertTranslated(self, ours: Exception,
+                         theirs: type[Exception]) -> Exception:
+        self.error = ours
+        found = self.assertRaises(theirs, self.snapshot)
+        self.assertIs(theirs, type(found))
+        self.assertIs(ours, found.__cause__)
+        return found
+
+    def test_guest_that_is_gone(self) -> None:
+        self.assertTranslated(exception.GuestGone('gone'),
+                              nova_exception.InstanceNotFound)
+
+    def test_image_that_is_gone(self) -> None:
+        self.assertTranslated(exception.ImageGone('gone'),
+                              nova_exception.ImageNotFound)
+
+    def test_everything_else(self) -> None:
+        for error in (exception.FreezeFailed('no socket'),
+                      exception.ImageRefused('413 too large'),
+                      exception.GuestBusy('in flight'),
+                      PermissionError('denied')):
+            found = self.assertTranslated(
+                error, nova_exception.NovaException)
+            self.assertEqual(str(error), str(found))
+
+    def test_error_is_logged_once(self) -> None:
+        self.assertTranslated(exception.FreezeFailed('no socket'),
+                              nova_exception.NovaException)
+        self.assertEqual(1, self.output.output.count('no socket'))
+
+    def test_error_is_in_the_servers_events(self) -> None:
+        self.assertTranslated(exception.FreezeFailed('no socket'),
+                              nova_exception.NovaException)
+        self.assertEqual(['snapshot_ext_snapshot NovaException'],
+                         self.events)
+
+    def test_guest_without_a_domain(self) -> None:
+        self.nova_host.domain = None
+        self.assertRaises(nova_exception.InstanceNotRunning, self.snapshot)
+        self.assertEqual([], self.taken)
+
+    def test_domain_that_vanishes(self) -> None:
+        self.domain.gone()
+        self.assertRaises(nova_exception.InstanceNotFound, self.snapshot)
+
+    def test_fault_of_ours_is_not_hidden(self) -> None:
+        self.error = ZeroDivisionError()
+        self.assertRaises(ZeroDivisionError, self.snapshot)
+
+    def test_flow_that_can_not_serve_is_an_error(self) -> None:
+        self.domain.off()
+        self.config(flows=['live'], group='snapshot_ext')
+        error = self.assertRaises(
+            nova_exception.NovaException, self.snapshot)
+        self.assertIn('live: the guest is shut off', str(error))
+        self.assertNotIn('nova', self.events)
+
+
+class TestNovaServes(DriverTestCase):
+
+    def assertNovaServes(self, why: str) -> None:
+        self.snapshot()
+        self.assertEqual(['nova', 'snapshot_ext_snapshot'], self.events)
+        self.assertEqual([], self.taken)
+        self.assertEqual([], self.states)
+        lines = [line for line in self.output.output.splitlines()
+                 if "Nova's own snapshot serves" in line]
+        self.assertEqual(1, len(lines))
+        self.assertIn(why, lines[0])
+
+    def test_lxc(self) -> None:
+        self.config(virt_type='lxc', group='libvirt')
+        self.nova_host.domain = None
+        self.assertNovaServes('virt_type is lxc')
+
+    def test_rbd(self) -> None:
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        self.assertNovaServes('its root disk is a network disk')
+
+    def test_encrypted_disk(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, inside="<encryption format='luks'/>")
+        self.assertNovaServes('its root disk is encrypted')
+
+    def test_encrypted_lvm(self) -> None:
+        self.config(enabled=True, group='ephemeral_storage_encryption')
+        self.assertNovaServes('its root disk is encrypted')
+
+    def test_encrypted_disk_may_be_refused(self) -> None:
+        self.config(encrypted='refuse', group='snapshot_ext')
+        self.domain.disks = fakes.disk_xml(
+            self.path, inside="<encryption format='luks'/>")
+        self.assertRaisesRegex(
+            nova_exception.NovaException, 'encrypted = refuse',
+            self.snapshot)
+        self.assertNotIn('nova', self.events)
+
+    def test_what_we_serve_nova_does_not(self) -> None:
+        self.snapshot()
+        self.assertNotIn('nova', self.events)
+
+
+class TestChoice(DriverTestCase):
+
+    def flows(self) -> list[str]:
+        self.snapshot()
+        found: list[str] = self.taken[-1]['flows']
+        return found
+
+    def test_configuration(self) -> None:
+        self.assertEqual(['live', 'cold'], self.flows())
+        self.config(flows=['cold', 'live'], group='snapshot_ext')
+        self.assertEqual(['cold', 'live'], self.flows())
+
+    def test_flavor(self) -> None:
+        self.instance.flavor.extra_specs['snapshot_ext:flow'] = 'cold'
+        self.assertEqual(['cold'], self.flows())
+
+    def test_request(self) -> None:
+        self.instance.flavor.extra_specs['snapshot_ext:flow'] = 'cold'
+        self.api.image['properties']['snapshot_flow'] = 'live'
+        self.assertEqual(['live'], self.flows())
+
+    def test_request_that_is_not_allowed(self) -> None:
+        self.config(request_flows=['live'], group='snapshot_ext')
+        self.api.image['properties']['snapshot_flow'] = 'cold'
+        self.assertRaisesRegex(
+            nova_exception.NovaException, 'allows live', self.snapshot)
+        self.assertEqual([], self.states)
+
+    def test_unknown_flow_names_what_exists(self) -> None:
+        self.config(request_flows=['warm'], group='snapshot_ext')
+        self.api.image['properties']['snapshot_flow'] = 'warm'
+        self.assertRaisesRegex(
+            nova_exception.NovaException, 'cold, live', self.snapshot)
+
+    def test_livesnapshot_can_be_switched_off(self) -> None:
+        self.config(disable_libvirt_livesnapshot=True, group='workarounds')
+        self.assertEqual(['cold'], self.flows())
+
+    def test_flow_that_is_switched_off_is_not_replaced(self) -> None:
+        self.config(disable_libvirt_livesnapshot=True, group='workarounds')
+        self.api.image['properties']['snapshot_flow'] = 'live'
+        self.assertRaisesRegex(
+            nova_exception.NovaException, 'disable_libvirt_livesnapshot',
+            self.snapshot)
+
+
+class TestRequest(DriverTestCase):
+
+    def taken_request(self) -> requests.Request:
+        self.snapshot()
+        found: requests.Request = self.taken[-1]['request']
+        return found
+
+    def test_novas_options_are_honoured(self) -> None:
+        self.config(snapshot_compression=True, group='libvirt')
+        self.config(freeze_timeout=3, copy_timeout=4, convert_timeout=5,
+                    group='snapshot_ext')
+        request = self.taken_request()
+        self.assertEqual(
+            (True, self.staging, '[libvirt] snapshots_directory',
+             self.state, self.save, 3, 4, 5, True),
+            (request.compress, request.staging_directory,
+             request.staging_setting, request.state_directory,
+             request.managed_save_directory, request.freeze_timeout,
+             request.copy_timeout, request.convert_timeout,
+             request.may_stop))
+
+    def test_state_is_kept_in_novas_directory(self) -> None:
+        self.config(state_directory=None, group='snapshot_ext')
+        self.assertEqual(os.path.join(self.directory, 'snapshot-ext'),
+                         self.taken_request().state_directory)
+
+    def test_snapshots_directory_is_made_as_nova_makes_it(self) -> None:
+        path = os.path.join(self.directory, 'new', 'snapshots')
+        self.config(snapshots_directory=path, group='libvirt')
+        self.snapshot()
+        self.assertTrue(os.path.isdir(path))
+
+    def test_snapshots_directory_that_can_not_be_made(self) -> None:
+        path = os.path.join(self.path, 'snapshots')
+        self.config(snapshots_directory=path, group='libvirt')
+        self.assertRaisesRegex(
+            nova_exception.NovaException,
+            r'\[libvirt\] snapshots_directory', self.snapshot)
+        self.assertEqual([], self.states)
+
+    def test_snapshots_directory_that_is_too_small(self) -> None:
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 1000)
+        self.assertRaisesRegex(
+            nova_exception.NovaException, '1000 bytes free', self.snapshot)
+        self.assertEqual([], self.states)
+
+    def test_image_has_the_disks_format(self) -> None:
+        self.assertEqual('raw', self.taken_request().image_format)
+        path = self.new_file('qcow2', base.qcow2_header())
+        self.domain.disks = fakes.disk_xml(
+            path, 'qcow2', inside='<backingStore/>')
+        self.assertEqual('qcow2', self.taken_request().image_format)
+
+    def test_image_of_a_block_device_is_raw(self) -> None:
+        self.domain.disks = fakes.disk_xml('/dev/null', kind='block')
+        self.assertEqual('raw', self.taken_request().image_format)
+
+    def test_format_can_be_set(self) -> None:
+        self.config(snapshot_image_format='vmdk', group='libvirt')
+        self.assertEqual('vmdk', self.taken_request().image_format)
+        self.assertEqual('vmdk', self.taken[-1]['description'].disk_format)
+
+    def test_quiesce_is_the_images_wish(self) -> None:
+        self.config(flows=['cold'], group='snapshot_ext')
+        self.domain.off()
+        for properties, expected in (
+                ({}, requests.Quiesce.NEVER),
+                ({'image_hw_qemu_guest_agent': 'yes'},
+                 requests.Quiesce.IF_POSSIBLE),
+                ({'image_hw_qemu_guest_agent': 'yes',
+                  'image_os_require_quiesce': 'yes'},
+                 requests.Quiesce.REQUIRED),
+                ({'image_hw_qemu_guest_agent': 'no'},
+                 requests.Quiesce.NEVER)):
+            self.instance.system_metadata = dict(properties)
+            self.assertEqual(expected, self.taken_request().quiesce)
+
+    def test_guest_is_reached_by_novas_uri(self) -> None:
+        self.snapshot()
+        self.assertEqual(fakes.URI, self.taken[0]['guest'].uri)
+
+
+class TestVerification(DriverTestCase):
+
+    def verified(self, task_state: str) -> bool:
+        self.instance.task_state = task_state
+        self.snapshot(self.update)
+        found: bool = self.taken[-1]['verify_hash']
+        return found
+
+    def update(self, task_state: str, **more: object) -> None:
+        self.instance.task_state = task_state
+
+    def test_size_is_enough_where_the_disk_stays(self) -> None:
+        self.assertFalse(self.verified(task_states.IMAGE_SNAPSHOT))
+        self.assertFalse(self.verified(task_states.IMAGE_BACKUP))
+
+    def test_hash_is_compared_where_the_disk_is_deleted(self) -> None:
+        for state in (task_states.SHELVING, task_states.RESIZE_MIGRATING,
+                      task_states.RESIZE_PREP):
+            self.assertTrue(self.verified(state))
+
+    def test_hash_can_be_asked_for(self) -> None:
+        self.config(verify='hash', group='snapshot_ext')
+        self.assertTrue(self.verified(task_states.IMAGE_SNAPSHOT))
+
+
+class TestDescription(DriverTestCase):
+
+    def described(self, **properties: str) -> images.Description:
+        self.api.image['properties'] = properties
+        self.snapshot()
+        found: images.Description = self.taken[-1]['description']
+        return found
+
+    def test_properties_are_those_of_nova(self) -> None:
+        self.instance.os_type = 'linux'
+        description = self.described()
+        self.assertEqual(
+            {'image_location': 'snapshot', 'image_state': 'available',
+             'owner_id': 'p', 'os_type': 'linux'}, description.properties)
+        self.assertEqual(('snap', 'raw', 'bare'), (
+            description.name, description.disk_format,
+            description.container_format))
+
+    def test_kernel_is_kept(self) -> None:
+        self.instance.kernel_id = 'k'
+        self.instance.ramdisk_id = 'r'
+        properties = self.described().properties
+        self.assertEqual(('k', 'r'), (
+            properties['kernel_id'], properties['ramdisk_id']))
+
+    def test_request_is_for_one_snapshot(self) -> None:
+        self.assertIn('snapshot_flow',
+                      self.described(snapshot_flow='cold').removed)
+
+    def test_request_of_the_instances_own_image_stays(self) -> None:
+        self.instance.system_metadata = {'image_snapshot_flow': 'cold'}
+        self.assertNotIn('snapshot_flow',
+                         self.described(snapshot_flow='cold').removed)
+
+    def test_request_that_differs_from_the_own_image_goes(self) -> None:
+        self.instance.system_metadata = {'image_snapshot_flow': 'live'}
+        self.assertIn('snapshot_flow',
+                      self.described(snapshot_flow='cold').removed)
+
+    def test_inherited_record_goes(self) -> None:
+        removed = self.described(
+            snapshot_ext_flow='old', snapshot_ext_rollback='memory',
+            other='kept').removed
+        self.assertLessEqual(
+            {'snapshot_ext_flow', 'snapshot_ext_rollback'}, removed)
+        self.assertNotIn('other', removed)
+
+
+class TestStart(DriverTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name(
+            'nova.virt.libvirt.driver.LibvirtDriver.init_host',
+            lambda driver, host: None)
+
+    def test_what_serves_is_said(self) -> None:
+        self.driver.init_host('compute-1')
+        self.assertIn('flows live, cold, transfers staged, image service '
+                      'glance', self.output.output)
+
+    def test_names_that_stand_for_nothing_are_refused(self) -> None:
+        for option, value in (('flows', ['live', 'warm']),
+                              ('request_flows', ['warm']),
+                              ('transfers', ['sneakernet']),
+                              ('image_service', 'floppy')):
+            with fixtures.Fixture() as fixture:
+                config = fixture.useFixture(
+                    config_fixture.Config(nova.conf.CONF)).config
+                self.config(state_directory=self.state,
+                            group='snapshot_ext')
+                config(**{option: value}, group='snapshot_ext')
+                self.assertRaisesRegex(
+                    exception.InvalidSetting,
+                    rf'\[snapshot_ext\] {option} = .*installed are',
+                    self.driver.init_host, 'compute-1')
+
+
+class TestRecovery(DriverTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        journal.clear()
+        self.patch_name(
+            'nova.virt.libvirt.driver.LibvirtDriver.'
+            'process_instances_at_startup',
+            lambda driver, context, instances: (
+                journal.append('nova'), instances)[1])
+        self.patch_name('nova_snapshot_ext.guard.find_guest',
+                        lambda uri, uuid: self.guest)
+        self.driver.cpu_api = type('API', (), {
+            'power_up_for_instance': lambda api, instance: journal.append(
+                'cpus')})()
+        self.current = self.instance
+        self.patch_name(
+            'nova.objects.Instance.get_by_uuid',
+            lambda kind, context, uuid, **more: self.current)
+
+    def leave_log(self) -> str:
+        log = self.new_log()
+        log.push(demo_recovery)
+        log.close()
+        return log.path
+
+    def process(self, *instances: objects.Instance) -> None:
+        found = self.driver.process_instances_at_startup(
+            self.context, list(instances))
+        self.assertEqual(list(instances), found)
+
+    def test_cut_off_snapshot_is_undone_after_nova_evacuated(self) -> None:
+        path = self.leave_log()
+        self.process(self.instance)
+        self.assertEqual(
+            ['nova', 'recovered instance-00000001', 'cpus',
+             'may start True'], journal)
+        self.assertFalse(os.path.exists(path))
+        self.assertIn('was cut off is undone', self.output.output)
+
+    def test_guest_that_nova_has_no_more_is_not_started(self) -> None:
+        self.leave_log()
+        self.process()
+        self.assertIn('may start False', journal)
+
+    def test_guest_of_another_host_is_not_started(self) -> None:
+        self.leave_log()
+        self.current = self.instance.obj_clone()
+        self.current.host = 'compute-2'
+        self.process(self.instance)
+        self.assertIn('may start False', journal)
+
+    def test_guest_that_is_going_down_is_not_started(self) -> None:
+        for state in (task_states.DELETING, task_states.SOFT_DELETING,
+                      task_states.POWERING_OFF):
+            journal.clear()
+            self.leave_log()
+            self.current = self.instance.obj_clone()
+            self.current.task_state = state
+            self.process(self.instance)
+            self.assertIn('may start False', journal)
+
+    def test_guest_that_nova_stopped_is_not_started(self) -> None:
+        for state in (vm_states.STOPPED, vm_states.SUSPENDED,
+                      vm_states.DELETED, vm_states.SHELVED):
+            journal.clear()
+            self.leave_log()
+            self.current = self.instance.obj_clone()
+            self.current.vm_state = state
+            self.process(self.instance)
+            self.assertIn('may start False', journal)
+
+    def test_snapshot_of_a_living_process_is_left_alone(self) -> None:
+        log = self.new_log()
+        log.push(demo_recovery)
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
+        self.assertTrue(os.path.exists(log.path))
+
+    def test_log_that_makes_no_sense_does_not_hold_up_the_start(
+            self) -> None:
+        path = os.path.join(self.state, 'a.undo')
+        with open(path, 'w') as file:
+            file.write('{}\n')
+        self.leave_log()
+        self.process(self.instance)
+        self.assertIn('recovered instance-00000001', journal)
+        self.assertTrue(os.path.exists(path))
+        self.assertIn('could not be finished', self.output.output)
+
+    def test_there_may_be_nothing_to_do(self) -> None:
+        self.config(state_directory='/none', group='snapshot_ext')
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
+
+
+class TestNovaHost(DriverTestCase):
+
+    def test_owner_is_changed_by_novas_privileges(self) -> None:
+        changed: list[object] = []
+        self.patch_name(
+            'nova.privsep.path.chown',
+            lambda path, uid, gid: changed.append((path, uid, gid)))
+        driver.NovaHost(self.driver, self.instance).chown('/d', 1, 2)
+        self.assertEqual([('/d', 1, 2)], changed)

@@ -1,0 +1,457 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import threading
+import typing
+
+import keystoneauth1.plugin
+from keystoneauth1 import session as ksa_session
+from openstack import connection
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext.images import glance
+from nova_snapshot_ext import request as requests
+from tests.unit import base
+
+CONTENT = bytes(range(256)) * 4096 * 3 + b'tail'
+IMAGE = 'c0ffee00-0000-4000-8000-000000000001'
+PREFIX = '/v2/images'
+
+
+class FakeGlance(http.server.ThreadingHTTPServer):
+    """As much of the Image API v2 as an upload needs.
+
+    :ivar plan: by method and what follows the image's id: what to do to the
+        next requests: a status, or ``cut`` to break the connection
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}/v2/'
+        self.images: dict[str, dict[str, typing.Any]] = {}
+        self.plan: dict[str, list[object]] = {}
+        self.seen: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
+        self.short_by = 0
+        self.wrong_hash = False
+
+    def add(self, **properties: typing.Any) -> None:
+        self.images[IMAGE] = {
+            'id': IMAGE, 'status': 'queued', 'size': None, 'name': 'snap',
+            'disk_format': None, 'container_format': None, **properties}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    # Seconds; a body that is announced and does not come ends the test.
+    timeout = 5
+    server: FakeGlance
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def answer(self, status: int, document: object = None,
+               **headers: str) -> None:
+        body = b'' if document is None else json.dumps(document).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle_any(self) -> None:
+        if not self.path.startswith(PREFIX):
+            self.answer(200, {'versions': [{
+                'id': 'v2.17', 'status': 'CURRENT', 'links': [{
+                    'rel': 'self', 'href': self.server.url}]}]},
+                Connection='close')
+            return
+        path = self.path.removeprefix(PREFIX).removeprefix(f'/{IMAGE}')
+        key = f'{self.command} {path}'.strip()
+        self.server.seen.append(key)
+        planned = self.server.plan.get(key, [])
+        what = planned.pop(0) if planned else None
+        length = int(self.headers.get('Content-Length', 0))
+        if what == 'cut':
+            self.rfile.read(min(length, 1000))
+            self.close_connection = True
+            return
+        body = self.rfile.read(length)
+        if key == 'PUT /file':
+            self.server.headers.append(dict(self.headers))
+            self.server.bodies.append(body)
+        if what == 'lost answer':
+            self.upload(body)
+            self.close_connection = True
+        elif isinstance(what, int):
+            self.answer(what, {'message': 'no way'}, Location=self.path,
+                        **{'Retry-After': '0'})
+        elif self.command == 'POST':
+            self.server.add(**json.loads(body))
+            self.answer(201, self.server.images[IMAGE])
+        elif IMAGE not in self.server.images:
+            self.answer(404, {'message': 'not found'})
+        elif key == 'PUT /file':
+            self.upload(body)
+            self.answer(204)
+        elif self.command == 'PATCH':
+            self.patch(json.loads(body))
+            self.answer(200, self.server.images[IMAGE])
+        elif self.command == 'DELETE':
+            del self.server.images[IMAGE]
+            self.answer(204)
+        else:
+            self.answer(200, self.server.images[IMAGE])
+
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
+
+    def upload(self, body: bytes) -> None:
+        digest = hashlib.sha512(body).hexdigest()
+        self.server.images[IMAGE].update(
+            status='active', size=len(body) - self.server.short_by,
+            os_hash_algo='sha512',
+            os_hash_value='0' * 128 if self.server.wrong_hash else digest)
+
+    def patch(self, changes: list[dict[str, str]]) -> None:
+        image = self.server.images[IMAGE]
+        for change in changes:
+            name = change['path'][1:].replace('~1', '/').replace('~0', '~')
+            if (change['op'] == 'add') == (name in image):
+                raise AssertionError(change)
+            if change['op'] == 'remove':
+                del image[name]
+            else:
+                image[name] = change['value']
+
+
+class Token(keystoneauth1.plugin.BaseAuthPlugin):
+    """Any token will do, and there is always a newer one."""
+
+    def get_token(self, session: object, **more: object) -> str:
+        return 'token'
+
+    def get_endpoint(self, session: object, **more: object) -> str:
+        return ''
+
+    def invalidate(self) -> bool:
+        return True
+
+
+class Bytes(images.ImageBytes):
+    independent = True
+
+    def __init__(self) -> None:
+        self.length = len(CONTENT)
+        self.opened = 0
+
+    def open(self) -> typing.BinaryIO:
+        self.opened += 1
+        return io.BytesIO(CONTENT)
+
+    def digest(self, algorithm: str) -> str:
+        return hashlib.new(algorithm, CONTENT).hexdigest()
+
+
+class GlanceTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('nova_snapshot_ext.images.glance._RETRY_S', 0)
+        self.server = FakeGlance()
+        thread = threading.Thread(
+            target=self.server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.server.add()
+        self.image = Bytes()
+        self.log = self.new_log()
+
+    def proxy(self) -> typing.Any:
+        cloud = connection.Connection(
+            session=ksa_session.Session(auth=Token()),
+            image_endpoint_override=self.server.url, image_api_version='2',
+            image_connect_retries=2, image_status_code_retries=2)
+        self.addCleanup(cloud.close)
+        return cloud.image
+
+    def description(self, **changes: typing.Any) -> images.Description:
+        return images.Description(**{
+            'name': 'snap', 'disk_format': 'qcow2',
+            'container_format': 'bare', 'properties': {'a': '1'},
+            **changes})
+
+    def publish(self, image_id: str | None = IMAGE, retries: int = 2,
+                verify_hash: bool = False,
+                progress: requests.Progress = requests.no_progress,
+                **changes: typing.Any) -> images.Published:
+        return glance.GlanceService(images.Destination(
+            glance=self.proxy(), image_id=image_id,
+            retries=retries)).publish(
+                self.image, self.description(**changes), verify_hash,
+                progress, self.log)
+
+    def uploads(self) -> int:
+        return self.server.seen.count('PUT /file')
+
+    @property
+    def stored(self) -> dict[str, typing.Any]:
+        return self.server.images[IMAGE]
+
+
+class TestUpload(GlanceTestCase):
+
+    def test_size_is_announced_and_nothing_is_chunked(self) -> None:
+        self.publish()
+        [headers] = self.server.headers
+        self.assertEqual(str(len(CONTENT)), headers['Content-Length'])
+        self.assertEqual(str(len(CONTENT)),
+                         headers['X-OpenStack-Image-Size'])
+        self.assertNotIn('Transfer-Encoding', headers)
+        self.assertEqual('application/octet-stream',
+                         headers['Content-Type'])
+
+    def test_bytes_arrive(self) -> None:
+        published = self.publish(verify_hash=True)
+        self.assertEqual([CONTENT], self.server.bodies)
+        self.assertEqual(images.Published(IMAGE, len(CONTENT)), published)
+
+    def test_progress_ends_with_the_whole(self) -> None:
+        told: list[tuple[int, int]] = []
+        self.publish(progress=lambda *done: told.append(done))
+        self.assertEqual((len(CONTENT), len(CONTENT)), told[-1])
+
+    def test_broken_connection_is_tried_again_from_the_first_byte(
+            self) -> None:
+        self.server.plan['PUT /file'] = ['cut', 'cut']
+        self.publish()
+        self.assertEqual(3, self.uploads())
+        self.assertEqual(3, self.image.opened)
+        self.assertEqual([CONTENT], self.server.bodies)
+
+    def test_there_are_as_many_attempts_as_are_set(self) -> None:
+        self.server.plan['PUT /file'] = ['cut'] * 9
+        self.assertRaises(exception.ImageServiceUnreachable, self.publish)
+        self.assertEqual(3, self.uploads())
+
+    def test_overloaded_server_gets_the_whole_body_again(self) -> None:
+        for status in (502, 503, 504):
+            self.server.add()
+            self.server.bodies.clear()
+            self.server.plan['PUT /file'] = [status]
+            self.publish()
+            self.assertEqual([CONTENT, CONTENT], self.server.bodies)
+
+    def test_every_body_ever_sent_is_whole(self) -> None:
+        # keystoneauth itself repeats a request after 401 with a new token,
+        # after a redirection and after some errors: with what is left of
+        # a body that was read.
+        for status in (401, 301, 302, 307, 308, 503):
+            self.server.add()
+            self.server.plan['PUT /file'] = [status] * 9
+            self.image = Bytes()
+            self.server.bodies.clear()
+            with contextlib.suppress(exception.ImageServiceError):
+                self.publish()
+            self.assertEqual(
+                [CONTENT] * self.image.opened, self.server.bodies, status)
+
+    def test_redirected_upload_is_refused(self) -> None:
+        self.server.plan['PUT /file'] = [307]
+        self.assertRaises(exception.ImageRefused, self.publish)
+        self.assertEqual(1, self.uploads())
+
+    def test_refusal_is_not_tried_again(self) -> None:
+        for status in (400, 401, 403, 409, 413, 415, 500):
+            self.server.add()
+            self.server.seen.clear()
+            self.server.plan['PUT /file'] = [status]
+            self.assertRaisesRegex(
+                exception.ImageRefused, f'{status} no way', self.publish)
+            self.assertEqual(1, self.uploads())
+
+    def test_image_that_was_deleted_is_gone(self) -> None:
+        for status in (404, 410):
+            self.server.plan['PUT /file'] = [status]
+            self.server.seen.clear()
+            self.assertRaises(exception.ImageGone, self.publish)
+            self.assertEqual(1, self.uploads())
+
+    def test_image_that_was_deleted_before_is_gone(self) -> None:
+        self.server.images.clear()
+        self.assertRaises(exception.ImageGone, self.publish)
+        self.assertEqual(0, self.uploads())
+
+    def test_image_that_is_deleted_between_attempts_is_gone(self) -> None:
+        self.server.plan['PUT /file'] = ['cut']
+        self.server.plan['GET'] = [None, 404]
+        self.assertRaises(exception.ImageGone, self.publish)
+        self.assertEqual(1, self.uploads())
+
+    def test_upload_whose_answer_was_lost_is_not_sent_again(self) -> None:
+        self.server.plan['PUT /file'] = ['lost answer']
+        self.publish(verify_hash=True)
+        self.assertEqual(1, self.uploads())
+
+    def test_server_that_is_not_there(self) -> None:
+        proxy = self.proxy()
+        self.server.shutdown()
+        self.server.server_close()
+        service = glance.GlanceService(images.Destination(
+            glance=proxy, image_id=IMAGE))
+        self.patch_name('time.sleep', lambda seconds: None)
+        self.assertRaises(
+            exception.ImageServiceUnreachable, service.publish, self.image,
+            self.description(), False, requests.no_progress, self.log)
+
+    def test_transfer_that_can_not_be_read_is_not_tried_again(self) -> None:
+        opened = []
+
+        def fail() -> typing.BinaryIO:
+            opened.append(1)
+            raise exception.TransferFailed('the source is gone')
+        self.image.open = fail  # type: ignore[method-assign]
+        self.assertRaises(exception.TransferFailed, self.publish)
+        self.assertEqual(1, len(opened))
+
+    def test_there_must_be_a_cloud(self) -> None:
+        self.assertRaises(exception.InvalidSetting, glance.GlanceService,
+                          images.Destination())
+
+
+class TestVerify(GlanceTestCase):
+
+    def test_other_size_is_refused(self) -> None:
+        self.server.short_by = 1
+        self.assertRaisesRegex(
+            exception.ImageRefused, f'{len(CONTENT)} were sent',
+            self.publish)
+
+    def test_other_status_is_refused(self) -> None:
+        for status in ('queued', 'saving', 'killed'):
+            self.server.add()
+            self.patch_name(
+                'tests.unit.test_glance.Handler.upload',
+                lambda handler, body: handler.server.images[IMAGE].update(
+                    status=status, size=len(body)))
+            self.assertRaisesRegex(
+                exception.ImageRefused, f'is {status}', self.publish)
+
+    def test_other_hash_is_refused_and_the_image_deleted(self) -> None:
+        self.server.wrong_hash = True
+        self.assertRaisesRegex(
+            exception.ImageRefused, 'it was deleted', self.publish,
+            verify_hash=True)
+        self.assertEqual({}, self.server.images)
+
+    def test_hash_is_not_compared_unless_it_is_asked_for(self) -> None:
+        self.image.digest = (  # type: ignore[method-assign]
+            lambda algorithm: self.fail('it was computed'))
+        self.publish()
+
+    def test_missing_hash_is_refused(self) -> None:
+        self.patch_name(
+            'tests.unit.test_glance.Handler.upload',
+            lambda handler, body: handler.server.images[IMAGE].update(
+                status='active', size=len(body)))
+        self.assertRaisesRegex(
+            exception.ImageRefused, 'no hash', self.publish,
+            verify_hash=True)
+
+
+class TestDescription(GlanceTestCase):
+
+    def test_properties_are_set_before_the_bytes(self) -> None:
+        self.publish(name='other', properties={'a/b~c': '1', 'd': '2'})
+        self.assertEqual(
+            ('other', 'qcow2', 'bare', '1', '2'),
+            tuple(self.stored[name] for name in (
+                'name', 'disk_format', 'container_format', 'a/b~c', 'd')))
+        self.assertLess(self.server.seen.index('PATCH'),
+                        self.server.seen.index('PUT /file'))
+
+    def test_inherited_property_is_overwritten(self) -> None:
+        self.server.add(snapshot_ext_flow='live')
+        self.publish(properties={'snapshot_ext_flow': 'cold'},
+                     removed=frozenset(['snapshot_ext_flow']))
+        self.assertEqual('cold', self.stored['snapshot_ext_flow'])
+
+    def test_removed_properties_are_removed(self) -> None:
+        self.server.add(snapshot_flow='cold', kept='yes')
+        self.publish(removed=frozenset(['snapshot_flow', 'not_there']))
+        self.assertNotIn('snapshot_flow', self.stored)
+        self.assertEqual('yes', self.stored['kept'])
+
+    def test_nothing_is_patched_that_is_right(self) -> None:
+        self.server.add(disk_format='qcow2', container_format='bare', a='1')
+        self.publish()
+        self.assertNotIn('PATCH', self.server.seen)
+
+    def test_broken_connection_is_tried_again(self) -> None:
+        self.server.plan['PATCH'] = [503]
+        self.publish()
+        self.assertEqual('1', self.stored['a'])
+
+
+class TestOwnImage(GlanceTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server.images.clear()
+
+    def test_it_is_made(self) -> None:
+        published = self.publish(None)
+        self.assertEqual(IMAGE, published.location)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_it_is_deleted_when_the_upload_fails(self) -> None:
+        for plan in ([413], ['cut'] * 3, [404]):
+            self.server.plan['PUT /file'] = list(plan)
+            self.assertRaises(
+                exception.ImageServiceError, self.publish, None)
+            self.assertEqual({}, self.server.images)
+
+    def test_it_is_deleted_when_its_size_is_wrong(self) -> None:
+        self.server.short_by = 1
+        self.assertRaises(exception.ImageRefused, self.publish, None)
+        self.assertEqual({}, self.server.images)
+
+    def test_failed_deletion_does_not_hide_the_error(self) -> None:
+        self.server.plan['PUT /file'] = [413]
+        self.server.plan['DELETE'] = [409]
+        self.assertRaisesRegex(
+            exception.ImageRefused, '413', self.publish, None)
+        self.assertIn('could not be deleted', self.output.output)
+
+    def test_nobody_elses_image_is_deleted(self) -> None:
+        self.server.add()
+        self.server.plan['PUT /file'] = [413]
+        self.assertRaises(exception.ImageRefused, self.publish)
+        self.assertNotIn('DELETE', self.server.seen)
+
+    def test_refused_creation(self) -> None:
+        self.server.plan['POST'] = [403]
+        self.assertRaisesRegex(
+            exception.ImageRefused, 'a new image: 403', self.publish, None)
+        self.assertEqual(['POST'], self.server.seen)

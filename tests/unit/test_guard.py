@@ -1,0 +1,243 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import io
+import os
+import sys
+
+import fixtures
+import libvirt
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guard
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+from tests.unit import base
+from tests.unit import fakes
+
+#: libvirt's test driver, and the domain that it has
+TEST_URI = 'test:///default'
+
+journal = fakes.Journal()
+pipes: list[int] = []
+errors: list[Exception] = []
+
+
+@undo.step
+def demo_guard_step(around: undo.Surroundings, what: str) -> None:
+    """Write down that it was run; the owner dies of ``last``."""
+    journal.append(what)
+    if what == 'last':
+        os.close(pipes.pop())
+    if what == 'failing' and errors:
+        raise errors.pop()
+
+
+class GuardTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        journal.clear()
+        errors.clear()
+        self.patch_name('nova_snapshot_ext.undo.uptime', lambda: 100.0)
+        self.patch_name('nova_snapshot_ext.guard._POLL_S', 0.001)
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.001)
+        self.patch_name(
+            'nova_snapshot_ext.guard.find_guest',
+            lambda uri, uuid: self.guest)
+        self.log = self.new_log()
+
+    def open_pipe(self) -> None:
+        reading, writing = os.pipe()
+        pipes.append(writing)
+        self.patch_name('sys.stdin', os.fdopen(reading))
+        self.addCleanup(sys.stdin.close)
+        self.answer = io.BytesIO()
+        self.patch_name('sys.stdout', io.TextIOWrapper(self.answer))
+
+
+class TestStandGuard(GuardTestCase):
+
+    def stand(self) -> None:
+        self.open_pipe()
+        guard._stand_guard(self.log.path)
+
+    def test_it_says_when_it_stands(self) -> None:
+        self.log.push(demo_guard_step, -1.0, what='last')
+        self.stand()
+        self.assertEqual(b'r', self.answer.getvalue())
+
+    def test_overdue_undo_does_not_wait_for_its_owner(self) -> None:
+        self.log.push(demo_guard_step, -1.0, what='last')
+        self.log.push(demo_guard_step, -1.0, what='late')
+        self.stand()
+        self.assertEqual(['late', 'last'], journal)
+
+    def test_what_is_not_overdue_is_left_to_its_owner(self) -> None:
+        self.log.push(demo_guard_step, -1.0, what='last')
+        self.log.push(demo_guard_step, what='never')
+        self.log.push(demo_guard_step, 5.0, what='in time')
+        self.stand()
+        self.assertEqual(['last'], journal)
+
+    def test_owner_still_finds_what_was_run(self) -> None:
+        self.log.push(demo_guard_step, -1.0, what='last')
+        self.stand()
+        self.assertEqual(1, self.log.pending)
+        self.assertEqual(1, len(undo.read(self.log.path).pending))
+
+    def test_overdue_undo_that_fails_is_tried_again(self) -> None:
+        errors.append(exception.SnapshotError('no'))
+        self.log.push(demo_guard_step, -1.0, what='last')
+        self.log.push(demo_guard_step, -1.0, what='failing')
+        self.patch_name('tests.unit.test_guard.pipes', pipes)
+        real = guard.undo.read
+        reads: list[int] = []
+
+        def read(path: str) -> undo.Contents:
+            found = real(path)
+            reads.append(1)
+            if len(reads) < 3:
+                found.pending.pop(1, None)
+            return found
+        self.patch_name('nova_snapshot_ext.undo.read', read)
+        self.stand()
+        self.assertEqual(['failing', 'failing', 'last'], journal)
+
+    def test_log_that_is_gone_is_waited_out(self) -> None:
+        self.open_pipe()
+        self.log.unwind()
+        real = guard.undo.read
+
+        def read(path: str) -> undo.Contents:
+            os.close(pipes.pop())
+            return real(path)
+        self.patch_name('nova_snapshot_ext.undo.read', read)
+        guard._stand_guard(self.log.path)
+        self.assertEqual([], pipes)
+
+
+class TestBringBack(GuardTestCase):
+
+    def test_dead_owners_guest_is_brought_back(self) -> None:
+        self.log.push(demo_guard_step, what='one')
+        self.log.push(demo_guard_step, what='two')
+        self.log.close()
+        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertEqual(['two', 'one'], journal)
+        self.assertFalse(os.path.exists(self.log.path))
+
+    def test_finished_owner_leaves_nothing_to_do(self) -> None:
+        self.log.unwind()
+        self.assertTrue(guard._bring_back(self.log.path))
+
+    def test_failed_undo_is_tried_again(self) -> None:
+        errors.append(exception.SnapshotError('no'))
+        self.log.push(demo_guard_step, what='failing')
+        self.log.close()
+        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertEqual(['failing', 'failing'], journal)
+
+    def test_libvirt_that_comes_back_is_waited_for(self) -> None:
+        self.log.push(demo_guard_step, what='one')
+        self.log.close()
+        answers: list[object] = [
+            fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT), self.guest]
+
+        def find(uri: str, uuid: str) -> object:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        self.patch_name('nova_snapshot_ext.guard.find_guest', find)
+        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertEqual(['one'], journal)
+
+    def test_what_can_not_be_done_is_left_for_the_next_start(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_TIMEOUT_S', -1.0)
+        errors.append(exception.SnapshotError('no'))
+        self.log.push(demo_guard_step, what='failing')
+        self.log.close()
+        self.assertFalse(guard._bring_back(self.log.path))
+        self.assertTrue(os.path.exists(self.log.path))
+
+    def test_log_that_makes_no_sense_is_kept(self) -> None:
+        self.log.close()
+        with open(self.log.path, 'w') as file:
+            file.write('{}\n')
+        self.assertFalse(guard._bring_back(self.log.path))
+        self.assertTrue(os.path.exists(self.log.path))
+
+
+class TestFindGuest(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('libvirt.open',
+                        lambda uri: self.domain.connection)
+
+    def test_guest_is_found(self) -> None:
+        found = guard.find_guest(fakes.URI, fakes.UUID)
+        self.assertEqual(fakes.UUID, found and found.uuid)
+
+    def test_guest_that_is_gone_is_none(self) -> None:
+        self.domain.connection.domains = ()
+        self.assertIsNone(guard.find_guest(fakes.URI, fakes.UUID))
+
+    def test_libvirt_that_is_gone_is_no_missing_guest(self) -> None:
+        def refuse(uri: str) -> None:
+            raise fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT)
+        self.patch_name('libvirt.open', refuse)
+        self.assertRaises(libvirt.libvirtError, guard.find_guest,
+                          fakes.URI, fakes.UUID)
+
+
+class TestGuard(base.TestCase):
+    """The guard as a process, with libvirt's test driver."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        connection = libvirt.open(TEST_URI)
+        self.addCleanup(connection.close)
+        self.guest = guests.Guest.find(connection, TEST_URI, 'test')
+
+    def test_it_does_what_a_dead_owner_can_not(self) -> None:
+        log = self.new_log()
+        with guard.Guard() as guarding:
+            guarding.watch(log)
+            path = workspace.make_directory(self.staging, log)
+            # As if it died: its lock is free, and its undo was not run.
+            os.close(log._descriptor)
+            log._descriptor = -1
+        self.assertFalse(os.path.exists(path))
+        self.assertFalse(os.path.exists(log.path))
+
+    def test_it_leaves_a_living_owner_alone(self) -> None:
+        with guard.Guard() as guarding, self.new_log() as log:
+            guarding.watch(log)
+            path = workspace.make_directory(self.staging, log)
+            self.assertTrue(os.path.exists(path))
+        self.assertFalse(os.path.exists(path))
+
+    def test_guard_that_does_not_start_is_an_error(self) -> None:
+        log = self.new_log()
+        with fixtures.MonkeyPatch('sys.executable', '/bin/false'):
+            with guard.Guard() as guarding:
+                self.assertRaisesRegex(
+                    exception.FreezeFailed, 'did not start',
+                    guarding.watch, log)
+
+    def test_guard_that_was_not_needed_was_not_started(self) -> None:
+        with guard.Guard() as guarding:
+            pass
+        self.assertIsNone(guarding._process)

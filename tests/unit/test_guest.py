@@ -1,0 +1,244 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import libvirt
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
+from tests.unit import base
+from tests.unit import fakes
+
+HOSTDEV = "<hostdev type='pci'><alias name='hostdev0' /></hostdev>"
+
+
+class TestFind(base.TestCase):
+
+    def test_by_uuid_and_by_name(self) -> None:
+        for which in (fakes.UUID, 'instance-00000001'):
+            found = guests.Guest.find(
+                self.domain.connection, fakes.URI, which)
+            self.assertEqual(
+                (fakes.UUID, 'instance-00000001', fakes.URI),
+                (found.uuid, found.name, found.uri))
+
+    def test_no_such_domain_is_gone(self) -> None:
+        for which in ('other', fakes.UUID.replace('5', '6')):
+            self.assertRaisesRegex(
+                exception.GuestGone, which, guests.Guest.find,
+                self.domain.connection, fakes.URI, which)
+
+    def test_other_errors_are_not_taken_for_a_missing_domain(self) -> None:
+        def fail(which: str) -> None:
+            raise fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT, 'lost')
+        self.patch_name(
+            'tests.unit.fakes.FakeConnection.lookupByName',
+            lambda connection, which: fail(which))
+        self.assertRaisesRegex(
+            guests.LibvirtError, 'lost', guests.Guest.find,
+            self.domain.connection, fakes.URI, 'a')
+
+
+class TestState(base.TestCase):
+
+    def test_states(self) -> None:
+        for theirs, ours in (
+                (libvirt.VIR_DOMAIN_RUNNING, guests.State.RUNNING),
+                (libvirt.VIR_DOMAIN_PAUSED, guests.State.PAUSED),
+                (libvirt.VIR_DOMAIN_SHUTOFF, guests.State.SHUTOFF),
+                (libvirt.VIR_DOMAIN_CRASHED, guests.State.SHUTOFF),
+                (libvirt.VIR_DOMAIN_SHUTDOWN, guests.State.OTHER),
+                (libvirt.VIR_DOMAIN_PMSUSPENDED, guests.State.OTHER)):
+            self.domain.current_state = [theirs, 0]
+            self.assertEqual(ours, self.guest.state())
+
+    def test_domain_that_vanished_is_gone(self) -> None:
+        self.domain.gone()
+        self.assertRaises(exception.GuestGone, self.guest.state)
+
+    def test_refused_call_says_what_and_of_whom(self) -> None:
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED, 'no way')
+        error = self.assertRaises(guests.LibvirtError, self.guest.state)
+        self.assertEqual('State of instance-00000001: no way', str(error))
+        self.assertEqual(libvirt.VIR_ERR_OPERATION_FAILED, error.code)
+
+    def test_only_a_shutdown_by_itself_counts_as_one(self) -> None:
+        self.domain.off()
+        self.assertTrue(self.guest.was_shut_down())
+        self.domain.off(libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+        self.assertFalse(self.guest.was_shut_down())
+
+    def test_novas_guests_are_known(self) -> None:
+        self.assertFalse(self.guest.belongs_to_nova())
+        self.domain.rest = (
+            '<metadata><instance xmlns='
+            '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
+        self.assertTrue(self.guest.belongs_to_nova())
+
+    def test_memory_is_what_the_guest_has_now(self) -> None:
+        self.assertEqual(524288 * 1024, self.guest.memory_bytes())
+
+    def test_qemus_group(self) -> None:
+        self.assertIsNone(self.guest.qemu_gid())
+        self.domain.rest = (
+            '<seclabel model="apparmor"><label>x</label></seclabel>'
+            '<seclabel model="dac"><label>+64055:+108</label></seclabel>')
+        self.assertEqual(108, self.guest.qemu_gid())
+
+
+class TestDisks(base.TestCase):
+
+    def test_root_disk_is_the_first_disk_that_is_one(self) -> None:
+        self.domain.disks = (
+            fakes.disk_xml('/cd', target='sda', device='cdrom')
+            + fakes.disk_xml('/a') + fakes.disk_xml('/b', target='vdb'))
+        self.assertEqual('/a', self.guest.root_disk().path)
+        self.assertEqual(3, len(self.guest.disks()))
+
+    def test_guest_without_a_disk_is_refused(self) -> None:
+        self.assertRaises(exception.UnsafeDisk, self.guest.root_disk)
+
+
+class TestJobs(base.TestCase):
+
+    def test_finished_job_is_not_under_way(self) -> None:
+        for kind, expected in (
+                (libvirt.VIR_DOMAIN_JOB_NONE, False),
+                (libvirt.VIR_DOMAIN_JOB_COMPLETED, False),
+                (libvirt.VIR_DOMAIN_JOB_UNBOUNDED, True)):
+            self.domain.job = kind
+            self.assertEqual(expected, self.guest.job_under_way())
+
+    def test_copy_keeps_the_domain_persistent(self) -> None:
+        self.domain.disks = fakes.disk_xml('/a')
+        self.guest.start_copy('vda', '/overlay')
+        self.assertEqual(
+            libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW
+            | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+            | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB,
+            self.domain.copy_flags)
+
+    def test_copy_is_ready_when_libvirt_says_so(self) -> None:
+        self.domain.disks = fakes.disk_xml('/a')
+        self.assertIsNone(self.guest.block_job('vda'))
+        self.guest.start_copy('vda', '/overlay')
+        self.domain.copy_ready = False
+        self.assertEqual(guests.BlockJob('copy', '/overlay', False),
+                         self.guest.block_job('vda'))
+        self.domain.copy_ready = True
+        self.assertEqual(guests.BlockJob('copy', '/overlay', True),
+                         self.guest.block_job('vda'))
+
+
+class TestAgent(base.TestCase):
+
+    def test_agent_counts_when_its_channel_is_open(self) -> None:
+        channel = ("<channel type='unix'><target type='virtio' "
+                   "name='org.qemu.guest_agent.0' state='{}'/></channel>")
+        for state, expected in (('connected', True),
+                                ('disconnected', False)):
+            self.domain.devices = channel.format(state)
+            self.assertEqual(expected, self.guest.agent_connected())
+
+    def test_time_out_is_taken_back_when_the_call_fails(self) -> None:
+        with self.assertRaisesRegex(KeyError, 'why'):
+            with self.guest.agent_timeout(7):
+                raise KeyError('why')
+        self.assertEqual(
+            ['agentSetResponseTimeout 7', 'agentSetResponseTimeout -2'],
+            self.journal)
+
+
+class TestSavable(base.TestCase):
+
+    def test_plain_guest_is(self) -> None:
+        self.assertIsNone(self.guest.why_not_savable())
+
+    def test_devices_that_are_not(self) -> None:
+        for xml, word in (
+                ("<hostdev type='usb'/>", 'USB'),
+                ("<hostdev type='scsi'/>", 'SCSI'),
+                ("<hostdev type='scsi_host'/>", 'vhost-scsi'),
+                ("<interface type='vdpa'/>", 'vDPA'),
+                ("<filesystem/>", 'shared file system'),
+                ("<shmem/>", 'shared memory'),
+                ("<tpm><backend type='passthrough'/></tpm>", 'TPM')):
+            self.domain.devices = xml
+            self.assertIn(word, self.guest.why_not_savable() or '')
+
+    def test_encrypted_memory_is_not(self) -> None:
+        self.domain.rest = "<launchSecurity type='sev'/>"
+        self.assertIn('encrypted memory',
+                      self.guest.why_not_savable() or '')
+
+    def test_tpm_needs_its_secret(self) -> None:
+        self.domain.devices = (
+            "<tpm><backend type='emulator'><encryption secret='s'/>"
+            "</backend></tpm>")
+        self.assertIn('secret', self.guest.why_not_savable() or '')
+        self.domain.connection.secrets.add('s')
+        self.assertIsNone(self.guest.why_not_savable())
+
+
+class TestDevices(base.TestCase):
+
+    def test_what_can_be_taken_and_given_back(self) -> None:
+        self.domain.devices = (
+            HOSTDEV + "<hostdev type='mdev' /><hostdev type='usb' />"
+            "<interface type='hostdev' /><interface type='bridge' />")
+        self.assertEqual(
+            ['<hostdev type="pci" />', '<hostdev type="mdev" />',
+             '<interface type="hostdev" />'], self.guest.host_devices())
+
+    def test_device_that_is_there_is_not_attached_again(self) -> None:
+        self.guest.attach('<hostdev type="pci" />')
+        self.guest.attach('<hostdev type="pci" />')
+        self.assertEqual(['attachDeviceFlags'], self.journal)
+
+    def test_guest_that_keeps_its_device_is_given_up(self) -> None:
+        self.patch_name('nova_snapshot_ext.guest._DETACH_TIMEOUT_S', -1.0)
+        self.domain.devices = HOSTDEV
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'did not let go', self.guest.detach,
+            self.guest.host_devices()[0])
+
+
+class TestMonitor(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.answer = '{"return": []}'
+        self.patch_name(
+            'libvirt_qemu.qemuMonitorCommand',
+            lambda domain, request, flags: (
+                self.journal.append(request), self.answer)[1])
+
+    def test_arguments_are_passed_on(self) -> None:
+        self.assertEqual([], self.guest.monitor('stop', name='a'))
+        self.assertEqual(
+            ['{"execute": "stop", "arguments": {"name": "a"}}'],
+            self.journal)
+
+    def test_qemus_error_is_ours(self) -> None:
+        self.answer = '{"error": {"class": "C", "desc": "can not"}}'
+        self.assertRaisesRegex(
+            exception.SnapshotError, 'can not', self.guest.monitor, 'stop')
+
+    def test_node_of_a_file(self) -> None:
+        path = self.new_file('a')
+        self.answer = (
+            '{"return": [{"drv": "file", "image": {"filename": "%s"}},'
+            '{"drv": "qcow2", "node-name": "n", '
+            '"image": {"filename": "%s"}}]}' % (path, path))
+        node = self.guest.format_node(path)
+        self.assertEqual('n', node and node['node-name'])
+        self.assertIsNone(self.guest.format_node('/other'))
