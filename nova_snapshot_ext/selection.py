@@ -77,20 +77,20 @@ def candidates(
     :raises InvalidSetting: if one of them is not installed
     :raises NoFlowServes: if none can serve
     """
-    found = []
+    found: list[Candidate] = []
     obstacles = {}
     for name in wished.names:
         flow = plugins.load(plugins.FLOWS, name, wished.source)()
         why = request.disabled_flows.get(name) or flow.obstacle(
             guest, disks, request)
-        if why is None:
-            found.append(Candidate(name, flow))
-        else:
+        if why is not None:
             obstacles[name] = why
+            continue
+        if obstacles and not found:
+            LOG.info('%s: %s serves; %s', guest.name, name,
+                     '; '.join(f'{passed} can not serve, {reason}'
+                               for passed, reason in obstacles.items()))
+        found.append(Candidate(name, flow))
     if not found:
         raise exception.NoFlowServes(wished.source, obstacles)
-    if obstacles:
-        LOG.info('%s: %s', guest.name, '; '.join(
-            f'{name} can not serve, {why}'
-            for name, why in obstacles.items()))
     return found

@@ -159,7 +159,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
                 'pid': os.getpid(),
                 'begun': datetime.datetime.now(datetime.UTC).isoformat(),
             })
-            _flush_directory(directory)
+            flush_directory(directory)
         except BaseException:
             os.close(descriptor)
             raise
@@ -413,7 +413,8 @@ def logs_in(directory: str) -> list[str]:
         return []
 
 
-def _flush_directory(directory: str) -> None:
+def flush_directory(directory: str) -> None:
+    """Have what was made or renamed in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -15,6 +15,7 @@
 import abc
 import collections.abc
 import contextlib
+import os
 
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import frozen
@@ -63,3 +64,22 @@ class Flow(abc.ABC):
         :param capacity: the disk's size in bytes
         """
         return 0
+
+
+def why_not_readable(disks: Disks, below_top: bool = False) -> str | None:
+    """Why disks can't be opened by their path, None if they can.
+
+    A block device counts as readable: its owner can be changed for a while.
+
+    :param below_top: look only at what the disks are based on
+    :raises UnsafeDisk: if a header refers to what no guest may reach
+    """
+    for disk in disks:
+        if disk.kind not in ('file', 'block'):
+            return (f'{disk.target} is a {disk.kind} disk, not a file or a '
+                    f'block device')
+        for layer in disks_.chain_of(disk)[int(below_top):]:
+            if not layer.block and not os.access(layer.path, os.R_OK):
+                return (f'user {os.getuid()} can not read {layer.path}, '
+                        f'which {disk.target} is made of')
+    return None

@@ -186,14 +186,9 @@ class ColdFlow(base.Flow):
         state = guest.state()
         if state is guests.State.OTHER:
             return f'the guest is {state.value}'
-        for disk in disks:
-            if disk.kind not in ('file', 'block'):
-                return (f'{disk.target} is a {disk.kind} disk, not a file '
-                        f'or a block device')
-            for layer in disks_.chain_of(disk):
-                if not layer.block and not os.access(layer.path, os.R_OK):
-                    return (f'user {os.getuid()} can not read {layer.path}, '
-                            f'which {disk.target} is made of')
+        why = base.why_not_readable(disks)
+        if why is not None:
+            return why
         if state is guests.State.SHUTOFF:
             return None
         return self._obstacle_to_stopping(guest, request)

@@ -68,17 +68,13 @@ class LiveFlow(base.Flow):
             return f'the guest is {state.value}'
         if guest.job_under_way():
             return 'another job of the guest is under way'
+        why = base.why_not_readable(disks, below_top=True)
+        if why is not None:
+            return why
         for disk in disks:
-            if disk.kind not in ('file', 'block'):
-                return (f'{disk.target} is a {disk.kind} disk, not a file '
-                        f'or a block device')
             job = guest.block_job(disk.target)
             if job is not None:
                 return f'{disk.target} has a block job ({job.kind}) already'
-            for layer in disks_.chain_of(disk)[1:]:
-                if not os.access(layer.path, os.R_OK):
-                    return (f'user {os.getuid()} can not read {layer.path}, '
-                            f'which {disk.target} is based on')
         return quiesce.obstacle(guest, request)
 
     def staging_bytes(self, disk: disks_.Disk, capacity: int) -> int:

@@ -78,7 +78,7 @@ class DirectoryService(base.ImageService):
                 except OSError:
                     os.unlink(f'{path}.json')
                     raise
-                _flush(self._directory)
+                undo.flush_directory(self._directory)
             except OSError as error:
                 raise exception.ImageServiceError(
                     f'{path} can not be written: {error}') from error
@@ -126,11 +126,3 @@ def _write_document(path: str, description: base.Description,
         file.write('\n')
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

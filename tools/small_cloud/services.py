@@ -166,6 +166,8 @@ def start(state: cloud_state.State, service: Service) -> bool:
         'PATH': state.path_for_commands(),
         'HOME': '/root',
         'LANG': 'C.UTF-8',
+        # Root's services import from the checkout; they leave nothing there.
+        'PYTHONDONTWRITEBYTECODE': '1',
         **service.environment,
     }
     processes.start(
