@@ -17,32 +17,9 @@ import collections.abc
 import dataclasses
 import typing
 
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
-
-
-class ImageBytes(abc.ABC):
-    """An image's bytes, as a transfer gives them to an image service."""
-
-    #: the exact number of bytes
-    length: int
-    #: the bytes stay readable after the disk is thawed
-    independent: bool
-
-    @abc.abstractmethod
-    def open(self) -> typing.BinaryIO:
-        """The bytes from the first one on, as often as it is asked for.
-
-        :raises TransferFailed: if they can't be had
-        """
-
-    @abc.abstractmethod
-    def digest(self, algorithm: str) -> str:
-        """The hash of all bytes, in hexadecimal.
-
-        :param algorithm: a name that hashlib knows
-        :raises TransferFailed: if it can't be computed
-        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +78,7 @@ class ImageService(abc.ABC):
 
     @abc.abstractmethod
     def publish(
-            self, image: ImageBytes, description: Description,
+            self, image: image_bytes.ImageBytes, description: Description,
             verify_hash: bool, progress: requests.Progress,
             log: undo.UndoLog) -> Published:
         """Take the bytes and the description, all of it or nothing.

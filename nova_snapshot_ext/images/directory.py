@@ -20,6 +20,7 @@ import shutil
 
 from nova_snapshot_ext import digest
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -55,7 +56,7 @@ class DirectoryService(base.ImageService):
                 self._setting, self._directory, most_bytes, free)
 
     def publish(
-            self, image: base.ImageBytes, description: base.Description,
+            self, image: image_bytes.ImageBytes, description: base.Description,
             verify_hash: bool, progress: requests.Progress,
             log: undo.UndoLog) -> base.Published:
         path = self._free_path(description)
@@ -96,7 +97,7 @@ class DirectoryService(base.ImageService):
         return path
 
     @staticmethod
-    def _write(image: base.ImageBytes, path: str,
+    def _write(image: image_bytes.ImageBytes, path: str,
                progress: requests.Progress) -> None:
         with image.open() as source, open(path, 'xb') as target:
             shutil.copyfileobj(
@@ -111,7 +112,7 @@ class DirectoryService(base.ImageService):
 
 
 def _write_document(path: str, description: base.Description,
-                    image: base.ImageBytes, sha512: str) -> None:
+                    image: image_bytes.ImageBytes, sha512: str) -> None:
     document = {
         'name': description.name,
         'disk_format': description.disk_format,

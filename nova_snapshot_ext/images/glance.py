@@ -27,6 +27,7 @@ from oslo_log import log as logging
 import requests as http
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -67,7 +68,7 @@ class GlanceService(base.ImageService):
         self._attempts = 1 + destination.retries
 
     def publish(
-            self, image: base.ImageBytes, description: base.Description,
+            self, image: image_bytes.ImageBytes, description: base.Description,
             verify_hash: bool, progress: requests.Progress,
             log: undo.UndoLog) -> base.Published:
         if self._image_id is not None:
@@ -82,7 +83,7 @@ class GlanceService(base.ImageService):
             raise
         return base.Published(image_id, image.length)
 
-    def _fill(self, image_id: str, image: base.ImageBytes,
+    def _fill(self, image_id: str, image: image_bytes.ImageBytes,
               description: base.Description, verify_hash: bool,
               progress: requests.Progress) -> None:
         self._describe(image_id, description)
@@ -127,7 +128,7 @@ class GlanceService(base.ImageService):
                     'Content-Type':
                         'application/openstack-images-v2.1-json-patch'})
 
-    def _upload(self, image_id: str, image: base.ImageBytes,
+    def _upload(self, image_id: str, image: image_bytes.ImageBytes,
                 progress: requests.Progress) -> None:
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
@@ -153,7 +154,7 @@ class GlanceService(base.ImageService):
         """
         return bool(self._get(image_id)['status'] == 'active')
 
-    def _verify(self, image_id: str, image: base.ImageBytes,
+    def _verify(self, image_id: str, image: image_bytes.ImageBytes,
                 verify_hash: bool) -> None:
         """:raises ImageRefused: if Glance has other bytes than were sent"""
         with self._attempting(image_id) as attempts:

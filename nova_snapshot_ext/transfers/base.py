@@ -16,7 +16,7 @@ import abc
 import contextlib
 
 from nova_snapshot_ext import frozen
-from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
@@ -35,7 +35,7 @@ class Transfer(abc.ABC):
     def image(
             self, disk: frozen.FrozenDisk, request: requests.Request,
             log: undo.UndoLog,
-    ) -> contextlib.AbstractContextManager[images.ImageBytes]:
+    ) -> contextlib.AbstractContextManager[image_bytes.ImageBytes]:
         """Make the disk's image readable for as long as the context lasts.
 
         Where the image is independent, the disk may be thawed meanwhile.

@@ -22,7 +22,7 @@ from nova_snapshot_ext import digest
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
-from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext.transfers import base
@@ -34,7 +34,7 @@ FORMATS = ('qcow2', 'raw', 'vmdk', 'vdi')
 _PROGRESS_S = 1.0
 
 
-class StagedFile(images.ImageBytes):
+class StagedFile(image_bytes.ImageBytes):
     """An image in a file."""
 
     independent = True
@@ -66,7 +66,7 @@ class StagedTransfer(base.Transfer):
     def image(
             self, disk: frozen.FrozenDisk, request: requests.Request,
             log: undo.UndoLog,
-    ) -> collections.abc.Iterator[images.ImageBytes]:
+    ) -> collections.abc.Iterator[image_bytes.ImageBytes]:
         with log.scope():
             directory = workspace.make_directory(
                 request.staging_directory, log)

@@ -17,6 +17,7 @@ import os
 import typing
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import directory
 from nova_snapshot_ext import request as requests
@@ -25,7 +26,7 @@ from tests.unit import base
 CONTENT = b'image' * 1000
 
 
-class Bytes(images.ImageBytes):
+class Bytes(image_bytes.ImageBytes):
     independent = True
     length = len(CONTENT)
     content = CONTENT
@@ -91,15 +92,18 @@ class TestDirectory(base.TestCase):
 
     def test_image_is_on_the_disk_before_it_appears(self) -> None:
         real_sync, real_rename = os.fsync, os.rename
-        self.patch_name('os.fsync', lambda descriptor: (
-            self.journal.append('sync'), real_sync(descriptor))[1])
+
+        def sync(descriptor: int) -> None:
+            real_sync(descriptor)
+            path = os.readlink(f'/proc/self/fd/{descriptor}')
+            if path.startswith(self.target):
+                self.journal.append('sync')
+        self.patch_name('os.fsync', sync)
         self.patch_name('os.rename', lambda old, new: (
             self.journal.append('rename'), real_rename(old, new))[1])
         self.publish()
-        self.assertEqual(['rename', 'rename', 'sync'], [
-            each for number, each in enumerate(self.journal)
-            if number >= self.journal.index('rename')][:3])
-        self.assertLessEqual(2, self.journal.index('rename'))
+        self.assertEqual(
+            ['sync', 'sync', 'rename', 'rename', 'sync'], self.journal)
 
     def test_existing_image_is_not_overwritten(self) -> None:
         for taken in ('snap.qcow2', 'snap.qcow2.json'):

@@ -274,6 +274,7 @@ class TestErrors(DriverTestCase):
     def test_fault_of_ours_is_not_hidden(self) -> None:
         self.error = ZeroDivisionError()
         self.assertRaises(ZeroDivisionError, self.snapshot)
+        self.assertIn('No snapshot was taken', self.output.output)
 
     def test_flow_that_can_not_serve_is_an_error(self) -> None:
         self.domain.off()
@@ -429,7 +430,9 @@ class TestRequest(DriverTestCase):
         self.assertEqual('qcow2', self.taken_request().image_format)
 
     def test_image_of_a_block_device_is_raw(self) -> None:
-        self.domain.disks = fakes.disk_xml('/dev/null', kind='block')
+        path = self.new_file('qcow2', base.qcow2_header())
+        self.domain.disks = fakes.disk_xml(
+            path, 'qcow2', kind='block', inside='<backingStore/>')
         self.assertEqual('raw', self.taken_request().image_format)
 
     def test_format_can_be_set(self) -> None:
@@ -654,6 +657,26 @@ class TestRecovery(DriverTestCase):
         self.config(state_directory='/none', group='snapshot_ext')
         self.process(self.instance)
         self.assertEqual(['nova'], journal)
+
+
+class TestGlance(DriverTestCase):
+
+    def test_rights_are_those_of_the_request(self) -> None:
+        asked: list[tuple[str, dict[str, object]]] = []
+        proxy = type('Proxy', (), {'endpoint_override': None})()
+        self.patch_name(
+            'nova.utils.get_sdk_adapter', lambda service, **more: (
+                asked.append((service, more)), proxy)[1])
+        self.patch_name(
+            'nova.service_auth.get_service_user_token_auth_plugin',
+            lambda context: f'auth of {context.request_id}')
+        self.patch_name('nova.image.glance.get_api_servers',
+                        lambda context: iter(['http://glance/']))
+        self.assertIs(proxy, driver._glance(self.context))
+        self.assertEqual('http://glance/v2', proxy.endpoint_override)
+        self.assertEqual([('image', {
+            'admin': False, 'context': self.context,
+            'ksa_auth': f'auth of {self.context.request_id}'})], asked)
 
 
 class TestNovaHost(DriverTestCase):

@@ -98,6 +98,12 @@ class TestCandidates(base.TestCase):
         self.assertIn('one can not serve, it rains; '
                       'two can not serve, it snows', lines[0])
 
+    def test_flow_that_was_not_needed_is_not_logged(self) -> None:
+        self.obstacles['two'] = 'it snows'
+        self.assertEqual(['one', 'three'],
+                         self.candidates('one', 'two', 'three'))
+        self.assertEqual('', self.output.output)
+
     def test_nothing_is_logged_without_obstacles(self) -> None:
         self.candidates('one')
         self.assertEqual('', self.output.output)

@@ -18,6 +18,7 @@ import typing
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base as flows
 from nova_snapshot_ext import frozen
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
@@ -75,7 +76,7 @@ class DemoFlow(flows.Flow):
         journal.append(f'released {self.name}')
 
 
-class DemoBytes(images.ImageBytes):
+class DemoBytes(image_bytes.ImageBytes):
     length = 5
 
     def __init__(self, path: str, independent: bool) -> None:
@@ -104,7 +105,7 @@ class DemoTransfer(transfers.Transfer):
     def image(
             self, disk: frozen.FrozenDisk, request: requests.Request,
             log: undo.UndoLog,
-    ) -> collections.abc.Iterator[images.ImageBytes]:
+    ) -> collections.abc.Iterator[image_bytes.ImageBytes]:
         journal.append(f'transfer {disk.target}')
         path = os.path.join(request.staging_directory, 'image')
         with log.scope():
@@ -136,7 +137,8 @@ class DemoService(images.ImageService):
             raise self.refusal
 
     def publish(
-            self, image: images.ImageBytes, description: images.Description,
+            self, image: image_bytes.ImageBytes,
+            description: images.Description,
             verify_hash: bool, progress: requests.Progress,
             log: undo.UndoLog) -> images.Published:
         journal.append('publish')
