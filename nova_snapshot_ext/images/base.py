@@ -17,6 +17,7 @@ import collections.abc
 import dataclasses
 import typing
 
+from nova_snapshot_ext import exception
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -108,7 +109,12 @@ class CountedReader:
 
     def read(self, size: int = -1) -> bytes:
         # http.client asks for 8 KiB at a time if it is let.
-        chunk = self._file.read(max(size, 1024 ** 2))
+        try:
+            chunk = self._file.read(max(size, 1024 ** 2))
+        except OSError as error:
+            # Not to be taken for a broken connection.
+            raise exception.TransferFailed(
+                f'The image can not be read: {error}') from error
         self._done += len(chunk)
         self._progress(self._done, self._length)
         return chunk

@@ -88,7 +88,13 @@ class GlanceService(base.ImageService):
               progress: requests.Progress) -> None:
         self._describe(image_id, description)
         self._upload(image_id, image, progress)
-        self._verify(image_id, image, verify_hash)
+        try:
+            self._verify(image_id, image, verify_hash)
+        except exception.ImageRefused:
+            # It may be active by now, and whoever trusts it would delete
+            # the disk: no image is better than another one.
+            self._delete(image_id)
+            raise
 
     def _create(self, description: base.Description) -> str:
         with _translated('a new image'):
@@ -173,11 +179,9 @@ class GlanceService(base.ImageService):
                 f'Glance gives no hash of image {image_id} to compare')
         expected = image.digest(algorithm)
         if stored.get('os_hash_value') != expected:
-            self._delete(image_id)
             raise exception.ImageRefused(
                 f'Image {image_id} has the {algorithm} '
-                f'{stored.get("os_hash_value")}, and {expected} was sent; '
-                f'it was deleted')
+                f'{stored.get("os_hash_value")}, and {expected} was sent')
 
     def _get(self, image_id: str) -> dict[str, typing.Any]:
         found: dict[str, typing.Any] = self._request(

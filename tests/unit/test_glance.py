@@ -347,11 +347,12 @@ class TestUpload(GlanceTestCase):
 
 class TestVerify(GlanceTestCase):
 
-    def test_other_size_is_refused(self) -> None:
+    def test_other_size_is_refused_and_the_image_deleted(self) -> None:
         self.server.short_by = 1
         self.assertRaisesRegex(
             exception.ImageRefused, f'{len(CONTENT)} were sent',
             self.publish)
+        self.assertEqual({}, self.server.images)
 
     def test_other_status_is_refused(self) -> None:
         for status in ('queued', 'saving', 'killed'):
@@ -366,7 +367,7 @@ class TestVerify(GlanceTestCase):
     def test_other_hash_is_refused_and_the_image_deleted(self) -> None:
         self.server.wrong_hash = True
         self.assertRaisesRegex(
-            exception.ImageRefused, 'it was deleted', self.publish,
+            exception.ImageRefused, 'was sent', self.publish,
             verify_hash=True)
         self.assertEqual({}, self.server.images)
 
