@@ -211,6 +211,18 @@ class OperatorTest(base.CloudTestCase):
                 return int(path.parent.name)
         raise AssertionError('nova-compute does not run')
 
+    def test_eventlet_serves_as_native_threads_do(self):
+        self.configure('DEFAULT.concurrency_backend=eventlet')
+        server = self.server()
+        for flow in ('cold', 'live'):
+            before = self.wait_writes(server)
+            image = self.snapshot(server, snapshot_flow=flow)
+            self.assert_good(image, before, self.wait_writes(server))
+        log = (base.ROOT / 'log' / 'nova-compute.log').read_text(
+            errors='replace')
+        self.assertIn('Eventlet based service backend',
+                      log[log.rindex('Loading compute driver') - 20000:])
+
     def test_stock_options_are_honoured(self):
         directory = base.ROOT / 'nova' / 'staging'
         directory.mkdir(exist_ok=True)

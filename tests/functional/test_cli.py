@@ -1,0 +1,138 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The command nova-snapshot on real domains, with no Nova at all."""
+
+import fcntl
+import json
+import pathlib
+import subprocess
+import sys
+
+from nova_snapshot_ext.cmd import snapshot as cli
+from tests.functional import guests
+from tests.functional import images
+from tests.functional import test_flows
+
+NOVA = ('<metadata><nova:instance xmlns:nova='
+        '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
+
+
+class CommandLineTest(test_flows.SnapshotTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.configuration = self.work / 'snapshot.conf'
+        self.configuration.write_text(
+            f'[snapshot_ext]\nstate_directory = {self.state}\n')
+
+    def run_command(self, *arguments: object,
+                    expect: int = 0) -> 'subprocess.CompletedProcess[str]':
+        done = subprocess.run(
+            [sys.executable, '-m', 'nova_snapshot_ext.cmd.snapshot',
+             '--connect', self.libvirtd.uri,
+             '--config-file', str(self.configuration),
+             *(str(word) for word in arguments)],
+            capture_output=True, text=True)
+        self.assertEqual(expect, done.returncode, done.stderr)
+        self.assertNotIn('Traceback', done.stderr)
+        return done
+
+    def test_create_writes_an_image_and_its_document(self):
+        guest = self.guest(guests.Disk('overlay'))
+        before = guest.wait_writes_on()
+        done = self.run_command(
+            'create', guest.name, '--to', self.images, '--name', 'one',
+            '--staging', self.staging, '--flow', 'cold', '--verify-hash',
+            '--json')
+        result = json.loads(done.stdout)
+        self.assertEqual('cold', result['flow'])
+        path = self.images / 'one.qcow2'
+        self.assertEqual(str(path), result['location'])
+        self.assert_good((path, 'qcow2'), before, guest.counter())
+        document = json.loads(
+            pathlib.Path(f'{path}.json').read_text())
+        self.assertEqual(path.stat().st_size, document['size'])
+        self.assertEqual(
+            images.run('sha512sum', path).split()[0],
+            document['os_hash_value'])
+        self.assertEqual(
+            'crash', document['properties']['snapshot_ext_consistency'])
+        self.assertEqual(2, len(list(self.images.iterdir())))
+        self.assert_whole(guest)
+
+    def test_best_flow_serves_and_plain_lines_are_printed(self):
+        guest = self.guest(guests.Disk('overlay'))
+        done = self.run_command(
+            'create', guest.uuid, '--to', self.images, '--staging',
+            self.staging, '--format', 'raw')
+        self.assertIn('flow live, transfer staged', done.stdout)
+        self.assertNotIn('\r', done.stderr)
+
+    def test_flows_says_what_can_serve(self):
+        guest = self.guest(guests.Disk('overlay'))
+        done = self.run_command('flows', guest.name, '--json')
+        self.assertEqual(
+            {'cold': {'serves': True, 'obstacle': None},
+             'live': {'serves': True, 'obstacle': None}},
+            json.loads(done.stdout)['flows'])
+        guest.domain.destroy()
+        done = self.run_command('flows', guest.name)
+        self.assertIn('cold: can serve\n', done.stdout)
+        self.assertIn('live: the guest is shut off\n', done.stdout)
+
+    def test_guest_that_nova_owns_is_only_stopped_by_force(self):
+        guest = self.guest(guests.Disk('overlay'), start=False)
+        self.connection.defineXML(
+            guest.xml().replace('<memory', f'{NOVA}<memory', 1))
+        guest.start()
+        create = ('create', guest.name, '--to', self.images, '--staging',
+                  self.staging, '--flow', 'cold')
+        done = self.run_command(*create, expect=cli.REFUSED)
+        self.assertIn('Nova owns', done.stderr)
+        self.assertEqual([], list(self.images.iterdir()))
+        self.run_command(*create, '--force')
+        self.assert_whole(guest)
+
+    def test_refusals_have_exit_codes_and_touch_nothing(self):
+        guest = self.guest(guests.Disk('overlay'))
+        create = ('create', guest.name, '--staging', self.staging)
+        taken = self.images / 'taken.qcow2'
+        taken.touch()
+        for code, words, said in (
+                (cli.NO_DOMAIN, ('flows', 'nobody'), 'no domain nobody'),
+                (cli.REFUSED, (*create, '--to', self.images, '--flow',
+                               'warm'), 'installed are cold, live'),
+                (cli.REFUSED, (*create, '--to', self.images / 'none'),
+                 'must be an existing directory'),
+                (cli.REFUSED, (*create, '--to', self.images, '--name',
+                               'taken'), 'exists already'),
+                (cli.REFUSED, ('create', guest.name, '--to', self.images,
+                               '--staging', '/nowhere'),
+                 '--staging = /nowhere is not valid'),
+                (cli.USAGE, ('create', guest.name), 'required: --to')):
+            done = self.run_command(*words, expect=code)
+            self.assertIn(said, done.stderr)
+        self.assertEqual([taken], list(self.images.iterdir()))
+        self.assert_whole(guest)
+
+    def test_second_snapshot_of_a_guest_is_refused_at_once(self):
+        guest = self.guest(guests.Disk('overlay'))
+        path = self.state / f'{guest.uuid}.undo'
+        with open(path, 'w') as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            done = self.run_command(
+                'create', guest.name, '--to', self.images, '--staging',
+                self.staging, expect=cli.BUSY)
+            self.assertIn('in flight', done.stderr)
+        path.unlink()
+        self.assert_whole(guest)
