@@ -15,6 +15,7 @@
 import collections.abc
 import contextlib
 import os
+import time
 import typing
 
 from nova.compute import task_states
@@ -31,6 +32,7 @@ from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
+import oslo_messaging
 
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import disk as disks
@@ -50,10 +52,17 @@ CONF = nova.conf.CONF
 REQUEST_PROPERTY = 'snapshot_flow'
 FLAVOR_SPEC = 'snapshot_ext:flow'
 _SERVED_VIRT_TYPES = ('kvm', 'qemu')
-# Where a guest runs, or is paused: one that we stopped was in these.
-_UP = (vm_states.ACTIVE, vm_states.PAUSED)
+# What somebody else has made of a guest that was up when we stopped it.
+_DOWN = (vm_states.STOPPED, vm_states.SUSPENDED, vm_states.SHELVED,
+         vm_states.SHELVED_OFFLOADED, vm_states.SOFT_DELETED,
+         vm_states.DELETED, vm_states.RESCUED, vm_states.RESIZED)
 _GOING_DOWN = (task_states.DELETING, task_states.SOFT_DELETING,
                task_states.POWERING_OFF)
+# How long Nova may hold an instance while we want to start its guest: who
+# holds it may be waiting for us.
+_LOCK_TIMEOUT_S = 60.0
+# How long guards that are at work are waited for when nova-compute starts.
+_GUARDS_TIMEOUT_S = 60.0
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
@@ -79,8 +88,7 @@ class NovaHost:
         if self._instance is None:
             yield False
             return
-        with lockutils.lock(
-                self._instance.uuid, lock_file_prefix='nova-'):
+        with _instance_lock(self._instance.uuid):
             yield self._is_ours_to_start(self._instance)
 
     def _is_ours_to_start(self, instance: objects.Instance) -> bool:
@@ -89,12 +97,40 @@ class NovaHost:
                 nova_context.get_admin_context(), instance.uuid)
         except nova_exception.InstanceNotFound:
             return False
+        except oslo_messaging.MessagingException as error:
+            # A guest does not stay off because nobody can be asked. Whoever
+            # would decide otherwise has to come by here, and waits.
+            LOG.warning('Its state is not known anew: %s', error,
+                        instance=instance)
+            current = instance
         if (current.task_state in _GOING_DOWN
-                or current.vm_state not in _UP
+                or current.vm_state in _DOWN
                 or current.host != CONF.host):
             return False
         self._driver.cpu_api.power_up_for_instance(instance)
         return True
+
+
+@contextlib.contextmanager
+def _instance_lock(uuid: str) -> collections.abc.Iterator[None]:
+    """Nova's lock of an instance (nova.utils.synchronized), with a limit.
+
+    :raises UndoFailed: if it can't be had in time
+    """
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lockutils.lock(
+                    uuid, lock_file_prefix='nova-', blocking=False))
+                break
+            except lockutils.AcquireLockFailedException as error:
+                if time.monotonic() > deadline:
+                    raise exception.UndoFailed(
+                        f'Nova has held {uuid} for {_LOCK_TIMEOUT_S:.0f} s '
+                        f'and more') from error
+                time.sleep(0.1)
+        yield
 
 
 class SnapshotLibvirtDriver(
@@ -148,16 +184,12 @@ class SnapshotLibvirtDriver(
         instances = super().process_instances_at_startup(context, instances)
         hosts = {instance.uuid: NovaHost(self, instance)
                  for instance in instances}
+        deadline = time.monotonic() + _GUARDS_TIMEOUT_S
         for path in undo.logs_in(state_directory()):
             uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
             try:
-                undo.UndoLog.adopt(
-                    path, guards.find_guest,
-                    hosts.get(uuid) or NovaHost(self, None)).unwind()
-                LOG.warning('A snapshot of %s that was cut off is undone',
-                            uuid)
-            except FileNotFoundError:
-                pass
+                _finish(path, hosts.get(uuid) or NovaHost(self, None),
+                        deadline)
             except Exception:
                 LOG.exception('%s could not be finished; snapshots of its '
                               'guest are refused until it is', path)
@@ -244,6 +276,9 @@ class SnapshotLibvirtDriver(
             freeze_timeout=CONF.snapshot_ext.freeze_timeout,
             copy_timeout=CONF.snapshot_ext.copy_timeout,
             convert_timeout=CONF.snapshot_ext.convert_timeout,
+            # Others have stopped the guest, and hold the lock under which
+            # we would start it again.
+            may_stop=instance.task_state in _DISK_KEPT,
             disabled_flows=disabled)
 
     def _description(self, instance: objects.Instance,
@@ -264,6 +299,27 @@ class SnapshotLibvirtDriver(
             name=metadata['name'], disk_format=metadata['disk_format'],
             container_format=metadata['container_format'],
             properties=properties, removed=frozenset(removed))
+
+
+def _finish(path: str, host: NovaHost, deadline: float) -> None:
+    """Run what a dead nova-compute left, once no guard does so any more.
+
+    :param deadline: on the monotonic clock; a guard that goes on for longer
+        is left alone
+    """
+    while True:
+        try:
+            undo.UndoLog.adopt(path, guards.find_guest, host).unwind()
+        except FileNotFoundError:
+            return
+        except exception.GuestBusy:
+            if time.monotonic() > deadline:
+                LOG.warning('A guard still works at %s', path)
+                return
+            time.sleep(0.5)
+        else:
+            LOG.warning('What %s said is undone', path)
+            return
 
 
 def state_directory() -> str:

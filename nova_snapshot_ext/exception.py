@@ -97,5 +97,9 @@ class ImageRefused(ImageServiceError):
     """The image service answered, and will not take the image."""
 
 
+class ImageDiffers(ImageRefused):
+    """The image service has other bytes than were sent."""
+
+
 class ImageServiceUnreachable(ImageServiceError):
     """The image service could not be reached, or broke the connection."""

@@ -49,6 +49,10 @@ _END_TIMEOUT_S = 10.0
 # comes back in that time. Recovery at Nova's start is what remains then.
 _RETRY_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
+_LONGEST_RETRY_S = 60.0
+# How long a guard may start a guest on its own: nobody can have decided
+# otherwise about a guest whose snapshot has just ended. Later only Nova knows.
+_START_TIMEOUT_OF_GUEST_S = 120.0
 
 
 class Guard(contextlib.AbstractContextManager['Guard']):
@@ -101,6 +105,21 @@ class Guard(contextlib.AbstractContextManager['Guard']):
         except subprocess.TimeoutExpired:
             LOG.error('The guard %d goes on with what could not be undone',
                       self._process.pid)
+
+
+class GuardHost(hosts.PlainHost):
+    """What a guard may do: starting a guest only soon after the end."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + _START_TIMEOUT_OF_GUEST_S
+
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        """:raises UndoFailed: when it is too late for that"""
+        if time.monotonic() > self._deadline:
+            raise exception.UndoFailed(
+                'The guest is not started: whether it should run by now is '
+                'for Nova to say')
+        return super().may_start()
 
 
 def find_guest(uri: str, uuid: str) -> guests.Guest | None:
@@ -159,21 +178,26 @@ def _bring_back(path: str) -> bool:
     :returns: whether nothing is left
     """
     deadline = time.monotonic() + _RETRY_TIMEOUT_S
+    host = GuardHost()
+    wait_s = _RETRY_S
     while True:
         try:
-            undo.UndoLog.adopt(path, find_guest, hosts.PlainHost()).unwind()
+            undo.UndoLog.adopt(path, find_guest, host).unwind()
             return True
         except FileNotFoundError:
             return True
         except ValueError:
             LOG.exception('%s can not be understood', path)
             return False
-        except (libvirt.libvirtError, exception.SnapshotError, OSError):
+        except (libvirt.libvirtError, exception.SnapshotError,
+                OSError) as error:
             if time.monotonic() > deadline:
-                LOG.exception('%s is left for the next start of Nova', path)
+                LOG.error('%s is left for Nova: %s', path, error)
                 return False
-            LOG.exception('%s is not finished, and tried again', path)
-            time.sleep(_RETRY_S)
+            LOG.warning('%s is tried again in %.0f s: %s', path, wait_s,
+                        error)
+            time.sleep(wait_s)
+            wait_s = min(wait_s * 1.5, _LONGEST_RETRY_S)
 
 
 if __name__ == '__main__':

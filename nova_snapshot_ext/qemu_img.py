@@ -40,13 +40,6 @@ def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
         output, _ = processutils.execute(
             'qemu-img', *arguments, prlimit=limits, timeout=timeout,
             on_execute=started.append)
-    except subprocess.TimeoutExpired as error:
-        for process in started:
-            process.kill()
-            process.wait()
-        raise exception.CommandFailed(
-            f'qemu-img {arguments[0]} took longer than '
-            f'{timeout} seconds') from error
     except processutils.ProcessExecutionError as error:
         raise exception.CommandFailed(
             f'qemu-img {arguments[0]} failed: '
@@ -54,4 +47,16 @@ def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
     except OSError as error:
         raise exception.CommandFailed(
             f'qemu-img can not be run: {error}') from error
+    except Exception as error:
+        # Under eventlet it is a class of eventlet's own.
+        if type(error).__name__ != 'TimeoutExpired':
+            raise
+        raise exception.CommandFailed(
+            f'qemu-img {arguments[0]} took longer than '
+            f'{timeout} seconds') from error
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
     return str(output)

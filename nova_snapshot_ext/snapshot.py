@@ -21,7 +21,6 @@ from oslo_log import log as logging
 
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
-from nova_snapshot_ext.flows import base as flows
 from nova_snapshot_ext import frozen as frozen_
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
@@ -141,6 +140,7 @@ def take(
     """
     began = time.monotonic()
     service.prepare(description, planned.image_bytes)
+    undo.finish_left_over(request.state_directory, guest, host)
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(guards.Guard())
         log = stack.enter_context(
@@ -182,24 +182,25 @@ def _freeze(
 
     :param release: gets what thaws the disk
     """
-    *spare, last = planned.candidates
-    for candidate in spare:
+    failure: Exception | None = None
+    for candidate in planned.candidates:
+        if failure is not None:
+            # What was planned may not hold any more.
+            why = candidate.flow.obstacle(guest, (planned.disk,), request)
+            if why is not None:
+                LOG.warning('%s can not serve %s either: %s',
+                            candidate.name, guest.name, why)
+                continue
         try:
             return candidate.name, release.enter_context(
-                _frozen(candidate.flow, guest, planned, request, log))
+                candidate.flow.freeze(guest, (planned.disk,), request, log))
         except exception.GuestGone:
             raise
         except (exception.SnapshotError, OSError) as error:
             if log.pending:
                 raise
-            LOG.warning('%s could not freeze %s, the next flow serves: %s',
-                        candidate.name, guest.name, error)
-    return last.name, release.enter_context(
-        _frozen(last.flow, guest, planned, request, log))
-
-
-def _frozen(
-        flow: flows.Flow, guest: guests.Guest, planned: Plan,
-        request: requests.Request, log: undo.UndoLog,
-) -> contextlib.AbstractContextManager[frozen_.Frozen]:
-    return flow.freeze(guest, (planned.disk,), request, log)
+            LOG.warning('%s could not freeze %s: %s', candidate.name,
+                        guest.name, error)
+            failure = error
+    assert failure is not None
+    raise failure

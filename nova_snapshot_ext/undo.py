@@ -137,6 +137,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = _open_locked(path, os.O_CREAT, guest.name)
         try:
+            _give_to_owner_of(directory, descriptor)
             try:
                 left = read(path).pending
             except ValueError as error:
@@ -411,6 +412,28 @@ def logs_in(directory: str) -> list[str]:
                       if name.endswith(SUFFIX))
     except FileNotFoundError:
         return []
+
+
+def finish_left_over(directory: str, guest: guests.Guest,
+                     host: hosts.Host) -> None:
+    """Run what a dead process left of an earlier snapshot of a guest.
+
+    :raises GuestBusy: if it is not dead
+    :raises UndoFailed: if something can't be undone
+    """
+    path = os.path.join(directory, guest.uuid + SUFFIX)
+    try:
+        log = UndoLog.adopt(path, lambda uri, uuid: guest, host)
+    except (FileNotFoundError, ValueError):
+        return      # create() says what is wrong with it
+    log.unwind()
+
+
+def _give_to_owner_of(directory: str, descriptor: int) -> None:
+    """Let root make no log that the directory's owner could not finish."""
+    owner = os.stat(directory)
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def flush_directory(directory: str) -> None:

@@ -53,7 +53,7 @@ OpenStack.
 _EXIT_CODES = f"""
 exit codes:
   0  it was done
-  {FAILED}  it failed; the guest is as it was
+  {FAILED}  it failed; the guest is as it was, or its guard sees to that
   {USAGE}  the command line is not valid
   {REFUSED}  refused before the guest was touched: no flow can serve, a value
      is not allowed, or there is not enough room
@@ -201,7 +201,8 @@ def _state_directory() -> str:
     """Nova's where there is one: its snapshots and ours exclude each other
     by the undo log's lock."""
     nova = '/var/lib/nova'
-    if os.access(nova, os.W_OK):
+    if os.access(nova, os.W_OK) and (
+            os.geteuid() in (0, os.stat(nova).st_uid)):
         path = os.path.join(nova, 'snapshot-ext')
         if not os.path.isdir(path):
             # Whoever makes it first, it is Nova's.

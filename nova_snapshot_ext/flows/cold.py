@@ -62,8 +62,9 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
     begun = time.monotonic()
     while guest.state() is not guests.State.SHUTOFF:
         waited = time.monotonic() - begun
-        if not guest.job_under_way() and (
-                not around.owner_died or waited > _LOCK_WAIT_S):
+        # An owner that lives knows how its call ended.
+        if not around.owner_died or (
+                not guest.job_under_way() and waited > _LOCK_WAIT_S):
             return
         if waited > _SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
@@ -93,9 +94,11 @@ def restore_owner(around: undo.Surroundings, path: str, uid: int,
                   gid: int) -> None:
     """Give a disk back to whom it belonged, unless its guest runs.
 
-    libvirt owns the disks of a running guest.
+    libvirt owns the disks of a running guest; those of a guest that is gone
+    may be another host's by now.
     """
-    if _opened_by_guest(around) is None and os.path.exists(path):
+    if not _is_gone(around) and _opened_by_guest(around) is None and (
+            os.path.exists(path)):
         around.host.chown(path, uid, gid)
 
 
@@ -104,21 +107,34 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
                              name: str) -> None:
     """Delete it, by QEMU's monitor or qemu-img, and see that it is gone.
 
+    The disk of a guest that is gone is left alone: it may be deleted at this
+    moment, or another host's by now.
+
     :raises SnapshotError: if it is still there
     """
     for _ in range(5):
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
         try:
-            if not _has_snapshot(around, path, name):
+            if _is_gone(around) or not _has_snapshot(around, path, name):
                 return
             _delete_snapshot(around, path, name)
         except exception.SnapshotError as error:
             LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
             time.sleep(0.2)
-    if _has_snapshot(around, path, name):
+    if not _is_gone(around) and _has_snapshot(around, path, name):
         raise exception.UndoFailed(
             f'The internal snapshot {name} of {path} can not be deleted')
+
+
+def _is_gone(around: undo.Surroundings) -> bool:
+    if around.guest is None:
+        return True
+    try:
+        around.guest.state()
+    except exception.GuestGone:
+        return True
+    return False
 
 
 def _opened_by_guest(around: undo.Surroundings) -> guests.Guest | None:
@@ -133,9 +149,9 @@ def _opened_by_guest(around: undo.Surroundings) -> guests.Guest | None:
 
 def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:
     guest = _opened_by_guest(around)
-    if guest is not None:
-        node = guest.format_node(path)
-        found = {} if node is None else node['image']
+    node = None if guest is None else guest.format_node(path)
+    if node is not None:
+        found = node['image']
     elif os.path.exists(path):
         found = disks_.image_info(disks_.Layer(path, 'qcow2'))
     else:
@@ -196,8 +212,8 @@ class ColdFlow(base.Flow):
     def _obstacle_to_stopping(self, guest: guests.Guest,
                               request: requests.Request) -> str | None:
         if not request.may_stop:
-            return ('it would stop a guest that Nova owns, and Nova would '
-                    'power it off for good')
+            return ('it would stop a guest that Nova owns, which Nova might '
+                    'then power off for good')
         if request.quiesce is requests.Quiesce.REQUIRED:
             return ('the guest must be quiesced (os_require_quiesce), and '
                     'is stopped instead')

@@ -72,12 +72,13 @@ class DirectoryService(base.ImageService):
                     raise exception.ImageServiceError(
                         f'{path} would not hold the bytes that were sent')
                 _write_document(document, description, image, expected)
-                # The document first: an image that is there is described.
-                os.rename(document, f'{path}.json')
+                # A link, because it never replaces what somebody else has
+                # put there meanwhile. Whose link it is, his is the name.
+                os.link(part, path)
                 try:
-                    os.rename(part, path)
+                    os.rename(document, f'{path}.json')
                 except OSError:
-                    os.unlink(f'{path}.json')
+                    os.unlink(path)
                     raise
                 undo.flush_directory(self._directory)
             except OSError as error:

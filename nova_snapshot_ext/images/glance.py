@@ -35,6 +35,7 @@ from nova_snapshot_ext import undo
 LOG = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_SAVING_TIMEOUT_S = 60.0
 #: keystoneauth would send a body again that it has read already: with a new
 #: token after 401, to another place, or after an error (Session.request)
 _SENT_ONCE: dict[str, typing.Any] = {
@@ -90,7 +91,7 @@ class GlanceService(base.ImageService):
         self._upload(image_id, image, progress)
         try:
             self._verify(image_id, image, verify_hash)
-        except exception.ImageRefused:
+        except exception.ImageDiffers:
             # It may be active by now, and whoever trusts it would delete
             # the disk: no image is better than another one.
             self._delete(image_id)
@@ -155,31 +156,37 @@ class GlanceService(base.ImageService):
     def _has_bytes(self, image_id: str) -> bool:
         """Whether only the answer to an upload was lost.
 
-        Asking also renews a token that ran out during the last attempt: the
-        upload itself must not.
+        Glance takes no new bytes while it has not noticed that the old ones
+        ended. Asking also renews a token that ran out during the last
+        attempt: the upload itself must not.
         """
-        return bool(self._get(image_id)['status'] == 'active')
+        deadline = time.monotonic() + _SAVING_TIMEOUT_S
+        while (status := self._get(image_id)['status']) == 'saving':
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_RETRY_S)
+        return bool(status == 'active')
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
                 verify_hash: bool) -> None:
-        """:raises ImageRefused: if Glance has other bytes than were sent"""
+        """:raises ImageDiffers: if Glance has other bytes than were sent"""
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
                 with attempt:
                     stored = self._get(image_id)
         if stored['status'] != 'active' or stored['size'] != image.length:
-            raise exception.ImageRefused(
+            raise exception.ImageDiffers(
                 f'Image {image_id} is {stored["status"]} with '
                 f'{stored["size"]} bytes; {image.length} were sent')
         if not verify_hash:
             return
         algorithm = stored.get('os_hash_algo')
         if not algorithm:
-            raise exception.ImageRefused(
+            raise exception.ImageDiffers(
                 f'Glance gives no hash of image {image_id} to compare')
         expected = image.digest(algorithm)
         if stored.get('os_hash_value') != expected:
-            raise exception.ImageRefused(
+            raise exception.ImageDiffers(
                 f'Image {image_id} has the {algorithm} '
                 f'{stored.get("os_hash_value")}, and {expected} was sent')
 

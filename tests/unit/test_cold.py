@@ -313,9 +313,14 @@ class TestUndo(ColdTestCase):
             self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
             self.guest.save_memory()
         self.patch_name('time.sleep', saved)
-        cold.start_guest(self.around)
+        cold.start_guest(self.orphaned)
         self.assertEqual(['managedSave', 'createWithFlags'],
                          self.journal.of('managed', 'create'))
+
+    def test_job_of_another_is_not_waited_for_by_an_owner(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        cold.start_guest(self.around)
+        self.assertEqual([], self.journal)
 
     def test_save_of_a_dead_owner_may_still_wait_for_its_turn(self) -> None:
         def saved(seconds: float) -> None:
@@ -342,7 +347,7 @@ class TestUndo(ColdTestCase):
             self.now += 100.0
         self.patch_name('time.sleep', tick)
         self.assertRaises(exception.UndoFailed, cold.start_guest,
-                          self.around)
+                          self.orphaned)
 
     def test_device_waits_for_a_guest_that_will_be_started(self) -> None:
         self.stop()
@@ -409,9 +414,9 @@ class TestDelete(ColdTestCase):
         self.assertRaisesRegex(
             exception.SnapshotError, 'can not be deleted', self.delete)
 
-    def test_guest_that_is_gone_left_its_file(self) -> None:
+    def test_file_of_a_guest_that_is_gone_is_left_alone(self) -> None:
         self.delete(None)
-        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['mine', 'theirs'], self.qemu_img.snapshots)
 
     def test_file_that_is_gone_has_none(self) -> None:
         os.unlink(self.path)

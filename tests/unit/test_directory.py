@@ -79,19 +79,19 @@ class TestDirectory(base.TestCase):
 
     def test_image_appears_when_it_is_whole(self) -> None:
         seen: list[str] = []
-        real = os.rename
-        self.patch_name('os.rename', lambda old, new: (
-            seen.append(f'{os.path.basename(new)} '
-                        f'{os.stat(old).st_size > 0}'), real(old, new)))
+        for name, real in (('os.rename', os.rename), ('os.link', os.link)):
+            self.patch_name(name, lambda old, new, real=real: (
+                seen.append(f'{os.path.basename(new)} '
+                            f'{os.stat(old).st_size > 0}'), real(old, new)))
         during: list[list[str]] = []
         self.publish(progress=lambda done, total: during.append(
             [each for each in os.listdir(self.target)
              if not each.startswith('.')]))
-        self.assertEqual(['snap.qcow2.json True', 'snap.qcow2 True'], seen)
+        self.assertEqual(['snap.qcow2 True', 'snap.qcow2.json True'], seen)
         self.assertEqual([], during[-1])
 
     def test_image_is_on_the_disk_before_it_appears(self) -> None:
-        real_sync, real_rename = os.fsync, os.rename
+        real_sync, real_link = os.fsync, os.link
 
         def sync(descriptor: int) -> None:
             real_sync(descriptor)
@@ -99,11 +99,22 @@ class TestDirectory(base.TestCase):
             if path.startswith(self.target):
                 self.journal.append('sync')
         self.patch_name('os.fsync', sync)
-        self.patch_name('os.rename', lambda old, new: (
-            self.journal.append('rename'), real_rename(old, new))[1])
+        self.patch_name('os.link', lambda old, new: (
+            self.journal.append('link'), real_link(old, new))[1])
         self.publish()
-        self.assertEqual(
-            ['sync', 'sync', 'rename', 'rename', 'sync'], self.journal)
+        self.assertEqual(['sync', 'sync', 'link', 'sync'], self.journal)
+
+    def test_image_that_came_meanwhile_is_not_overwritten(self) -> None:
+        path = os.path.join(self.target, 'snap.qcow2')
+
+        def come(done: int, total: int) -> None:
+            with open(path, 'w') as file:
+                file.write('precious')
+        self.assertRaises(exception.ImageServiceError, self.publish,
+                          progress=come)
+        with open(path) as file:
+            self.assertEqual('precious', file.read())
+        self.assertEqual(['snap.qcow2'], os.listdir(self.target))
 
     def test_existing_image_is_not_overwritten(self) -> None:
         for taken in ('snap.qcow2', 'snap.qcow2.json'):
@@ -155,7 +166,7 @@ class TestDirectory(base.TestCase):
         real = os.rename
 
         def fail(old: str, new: str) -> None:
-            if new.endswith('.qcow2'):
+            if new.endswith('.json'):
                 raise OSError('I/O error')
             real(old, new)
         self.patch_name('os.rename', fail)

@@ -339,6 +339,7 @@ class TestChoice(DriverTestCase):
     def test_configuration(self) -> None:
         self.assertEqual(['live', 'cold'], self.flows())
         self.config(flows=['cold', 'live'], group='snapshot_ext')
+        self.instance.task_state = 'image_snapshot'
         self.assertEqual(['cold', 'live'], self.flows())
 
     def test_flavor(self) -> None:
@@ -601,7 +602,7 @@ class TestRecovery(DriverTestCase):
             ['nova', 'recovered instance-00000001', 'cpus',
              'may start True'], journal)
         self.assertFalse(os.path.exists(path))
-        self.assertIn('was cut off is undone', self.output.output)
+        self.assertIn(f'What {path} said is undone', self.output.output)
 
     def test_guest_that_nova_has_no_more_is_not_started(self) -> None:
         self.leave_log()
@@ -636,6 +637,8 @@ class TestRecovery(DriverTestCase):
             self.assertIn('may start False', journal)
 
     def test_snapshot_of_a_living_process_is_left_alone(self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.driver._GUARDS_TIMEOUT_S', 0.0)
         log = self.new_log()
         log.push(demo_recovery)
         self.process(self.instance)

@@ -262,8 +262,17 @@ class TestTake(SnapshotTestCase):
         self.assertEqual(
             ['freeze one', 'undo one', 'freeze two'],
             journal.of('freeze', 'undo one'))
-        self.assertIn('one could not freeze instance-00000001, the next '
-                      'flow serves: no socket', self.output.output)
+        self.assertIn('one could not freeze instance-00000001: no socket',
+                      self.output.output)
+
+    def test_next_flow_is_asked_again(self) -> None:
+        second = DemoFlow('two')
+        second.why = 'the guest is shut off'
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'no socket', self.take,
+            DemoFlow('one', exception.FreezeFailed('no socket')), second)
+        self.assertIn('two can not serve instance-00000001 either: the '
+                      'guest is shut off', self.output.output)
 
     def test_denied_file_lets_the_next_flow_serve(self) -> None:
         self.assertEqual('two', self.take(
