@@ -43,7 +43,8 @@ each earlier one was passed over is logged.
 Possible values:
 
 * names of installed flows: ``live`` (a running guest, by a block copy),
-  ``cold`` (a guest that is off, or stopped for a moment by a managed save)
+  ``cold`` (a guest that is off, or stopped for a moment by a managed save),
+  ``backup`` (a running guest, by a backup job with a scratch)
 
 Related options:
 
@@ -52,7 +53,7 @@ Related options:
 """),
     cfg.ListOpt(
         'request_flows',
-        default=['live', 'cold'],
+        default=['backup', 'live', 'cold'],
         help="""
 The flows that a tenant may ask for by the image property ``snapshot_flow``.
 
@@ -68,12 +69,46 @@ Possible values:
         default=['staged'],
         help="""
 How the frozen disk becomes an image, best first; the first that can serve
-does.
+does. Why each earlier one was passed over is logged.
 
 Possible values:
 
-* names of installed transfers: ``staged`` (``qemu-img convert`` into a file
-  in ``[libvirt] snapshots_directory``)
+* names of installed transfers: ``streamed`` (qcow2 and raw images, sent while
+  the disk is read), ``staged`` (``qemu-img convert`` into a file in
+  ``[libvirt] snapshots_directory``)
+
+Related options:
+
+* ``mover_python`` must have libnbd's Python binding for ``streamed``
+"""),
+    cfg.StrOpt(
+        'mover_python',
+        default='/usr/bin/python3',
+        help="""
+The Python that reads disks for the transfer ``streamed``.
+
+It must have libnbd's binding, which comes with the distribution
+(``python3-libnbd``) and not from PyPI, and need not be the one that Nova runs
+in. Python 3.10 or later.
+
+Possible values:
+
+* the absolute path of an interpreter
+"""),
+    cfg.IntOpt(
+        'bandwidth',
+        default=0,
+        min=0,
+        help="""
+MiB that the transfer ``streamed`` reads of a guest's disk in a second, at
+most.
+
+Holes are not read, and do not count.
+
+Possible values:
+
+* 0: as fast as it can be read and sent
+* a number of MiB per second, for each snapshot
 """),
     cfg.StrOpt(
         'image_service',
@@ -132,6 +167,19 @@ user, and not longer than 72 bytes (a socket's path is limited to 107).
 Possible values:
 
 * an absolute path; by default ``snapshot-ext`` in ``[DEFAULT] state_path``
+"""),
+    cfg.StrOpt(
+        'scratch_directory',
+        help="""
+Where the flow ``backup`` keeps what guests overwrite during their snapshot.
+
+At most it holds what the guest writes meanwhile, rounded up to clusters of
+64 KiB. When it runs short of room the snapshot is ended; the guest goes on.
+
+Possible values:
+
+* an absolute path that QEMU can reach too; by default ``[libvirt]
+  snapshots_directory``
 """),
     cfg.StrOpt(
         'managed_save_directory',

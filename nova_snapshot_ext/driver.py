@@ -271,6 +271,8 @@ class SnapshotLibvirtDriver(
             quiesce=_quiesce(instance),
             staging_directory=directory,
             staging_setting='[libvirt] snapshots_directory',
+            scratch_directory=(
+                CONF.snapshot_ext.scratch_directory or directory),
             state_directory=state_directory(),
             managed_save_directory=CONF.snapshot_ext.managed_save_directory,
             freeze_timeout=CONF.snapshot_ext.freeze_timeout,
@@ -279,7 +281,10 @@ class SnapshotLibvirtDriver(
             # Others have stopped the guest, and hold the lock under which
             # we would start it again.
             may_stop=instance.task_state in _DISK_KEPT,
-            disabled_flows=disabled)
+            disabled_flows=disabled,
+            only_copy=_disk_is_deleted(instance),
+            mover_python=CONF.snapshot_ext.mover_python,
+            bandwidth=CONF.snapshot_ext.bandwidth)
 
     def _description(self, instance: objects.Instance,
                      image: dict[str, typing.Any],
@@ -368,7 +373,12 @@ def _quiesce(instance: objects.Instance) -> requests.Quiesce:
 
 def _must_verify_hash(instance: objects.Instance) -> bool:
     return (CONF.snapshot_ext.verify == 'hash'
-            or instance.task_state not in _DISK_KEPT)
+            or _disk_is_deleted(instance))
+
+
+def _disk_is_deleted(instance: objects.Instance) -> bool:
+    """Whether the image will be all that is left of the disk."""
+    return instance.task_state not in _DISK_KEPT
 
 
 def _image_service(context: nova_context.RequestContext,

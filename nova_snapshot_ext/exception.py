@@ -73,6 +73,10 @@ class FreezeFailed(SnapshotError):
     """The guest's disks could not be frozen; the guest is as it was."""
 
 
+class DiskThawed(SnapshotError):
+    """The disk did not stay frozen until its image was made."""
+
+
 class CommandFailed(SnapshotError):
     """A program could not be run, or failed."""
 

@@ -54,6 +54,7 @@ _UNSAVABLE = {
 # Devices leave when the guest's kernel lets them go (ACPI, virDomain
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
+_JOB_END_TIMEOUT_S = 30.0
 
 
 Wrap = collections.abc.Callable[
@@ -253,6 +254,55 @@ class Guest:
             mirror.get('job', ''),
             '' if source is None else source.get('file', ''),
             mirror.get('ready') == 'yes')
+
+    def begin_backup(self, description: str) -> None:
+        """Begin a backup job, with scratch files made beforehand.
+
+        :param description: XML of virDomainBackupBegin
+        """
+        with self._calling('Backup'):
+            self._domain.backupBegin(
+                description, None,
+                libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
+
+    def backup_socket(self) -> str | None:
+        """The unix socket that its backup job exports on, None if none."""
+        try:
+            with self._calling('Backup'):
+                description = self._domain.backupGetXMLDesc(0)
+        except LibvirtError as error:
+            if error.code in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+                              libvirt.VIR_ERR_OPERATION_INVALID):
+                return None
+            raise
+        server = ElementTree.fromstring(description).find('./server')
+        return None if server is None else server.get('socket')
+
+    def end_backup(self) -> None:
+        """End its backup job, if there is one, and wait until it is gone.
+
+        libvirt answers before the job has ended.
+        """
+        deadline = time.monotonic() + _JOB_END_TIMEOUT_S
+        asked = False
+        while self.backup_socket() is not None:
+            if time.monotonic() > deadline:
+                raise exception.UndoFailed(
+                    f'The backup job of {self.name} does not end')
+            if not asked:
+                try:
+                    with self._calling('End of the backup'):
+                        self._domain.abortJob()
+                except LibvirtError as error:
+                    if error.code != libvirt.VIR_ERR_OPERATION_INVALID:
+                        raise
+                asked = True
+            time.sleep(0.02)
+
+    def is_paused_by_io_error(self) -> bool:
+        with self._calling('State'):
+            return list(self._domain.state()) == [
+                libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
 
     def start_copy(self, target: str, overlay: str) -> None:
         """Copy the top layer of a disk into an overlay made beforehand.

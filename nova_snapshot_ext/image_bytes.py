@@ -25,15 +25,20 @@ class ImageBytes(abc.ABC):
     independent: bool
 
     @abc.abstractmethod
-    def open(self) -> typing.BinaryIO:
+    def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         """The bytes from the first one on, as often as it is asked for.
 
+        What was opened before is no longer read. The length holds for what
+        was opened last.
+
+        :param algorithm: the hash that :meth:`digest` will be asked for when
+            all is read, so that it can be computed meanwhile
         :raises TransferFailed: if they can't be had
         """
 
     @abc.abstractmethod
     def digest(self, algorithm: str) -> str:
-        """The hash of all bytes, in hexadecimal.
+        """The hash of all bytes that were opened last, in hexadecimal.
 
         :param algorithm: a name that hashlib knows
         :raises TransferFailed: if it can't be computed

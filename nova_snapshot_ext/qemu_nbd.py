@@ -15,7 +15,6 @@
 import collections.abc
 import contextlib
 import os
-import signal
 import subprocess
 import time
 import typing
@@ -23,12 +22,11 @@ import typing
 from nova_snapshot_ext import disk
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
+from nova_snapshot_ext import processes
 from nova_snapshot_ext import undo
 
 _START_TIMEOUT_S = 30.0
-# When a server that ignores SIGTERM is killed, and when that is given up.
-_KILL_AFTER_S = 5.0
-_END_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 5.0
 
 
 @undo.step
@@ -37,33 +35,9 @@ def end_server(around: undo.Surroundings, socket: str) -> None:
 
     :raises UndoFailed: if it can't be ended
     """
-    begun = time.monotonic()
-    while pids := _servers_of(socket):
-        waited = time.monotonic() - begun
-        if waited > _END_TIMEOUT_S:
-            raise exception.UndoFailed(
-                f'The qemu-nbd of {socket} does not end: {pids}')
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if waited < _KILL_AFTER_S
-                        else signal.SIGKILL)
-        time.sleep(0.05)
+    processes.end(f'--socket={socket}', f'qemu-nbd of {socket}')
     with contextlib.suppress(FileNotFoundError):
         os.unlink(socket)
-
-
-def _servers_of(socket: str) -> list[int]:
-    wanted = f'--socket={socket}'.encode()
-    found = []
-    for name in os.listdir('/proc'):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.stat(f'/proc/{name}').st_uid != os.geteuid():
-                    continue
-                with open(f'/proc/{name}/cmdline', 'rb') as cmdline:
-                    if wanted in cmdline.read().split(b'\0'):
-                        found.append(int(name))
-    return found
 
 
 @contextlib.contextmanager
@@ -102,7 +76,7 @@ def serving(
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_KILL_AFTER_S)
+                process.wait(_END_TIMEOUT_S)
             entry.run()
 
 

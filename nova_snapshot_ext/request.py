@@ -46,6 +46,8 @@ class Request:
     staging_directory: str
     #: how whoever set staging_directory knows it
     staging_setting: str
+    #: where the flow ``backup`` keeps what the guest overwrites meanwhile
+    scratch_directory: str
     #: where undo logs and sockets are kept
     state_directory: str
     #: where libvirt saves memory
@@ -59,3 +61,9 @@ class Request:
     #: flows that are switched off elsewhere, with the reason
     disabled_flows: dict[str, str] = dataclasses.field(default_factory=dict)
     progress: Progress = no_progress
+    #: whether the disk is deleted afterwards
+    only_copy: bool = False
+    #: an interpreter that has libnbd's binding
+    mover_python: str = '/usr/bin/python3'
+    #: MiB a second that are read of a guest's disk at most, 0 for all
+    bandwidth: int = 0

@@ -40,15 +40,33 @@ PROPERTY = 'snapshot_ext_'
 
 
 @dataclasses.dataclass(frozen=True)
+class ChosenTransfer:
+    """A transfer that may serve, by its name."""
+
+    name: str
+    transfer: transfers.Transfer
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A snapshot that can be taken: nothing was touched to find out."""
 
     disk: disks_.Disk
     candidates: list[selection.Candidate]
-    transfer_name: str
-    transfer: transfers.Transfer
+    #: that can serve, best first
+    transfers: list[ChosenTransfer]
     #: what the image can take at most
     image_bytes: int
+
+    def transfer_for(self, frozen: frozen_.Frozen) -> ChosenTransfer:
+        """The best; but no guest stays stopped for as long as an upload
+        takes, if another can do with less.
+        """
+        if frozen.guest_waits:
+            for chosen in self.transfers:
+                if chosen.transfer.independent:
+                    return chosen
+        return self.transfers[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,31 +115,39 @@ def plan(guest: guests.Guest, wished: selection.Wish,
             f'{disk.target} is encrypted: its image would hold the plain '
             f'text')
     candidates = selection.candidates(wished, guest, (disk,), request)
-    transfer_name, transfer = _choose_transfer(transfer_names, request)
+    chosen = _choose_transfers(transfer_names, request)
     capacity = guest.capacity(disk.target)
     image_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
-    needed = transfer.staging_bytes(image_bytes) + max(
+    needed = chosen[0].transfer.staging_bytes(image_bytes) + max(
         candidate.flow.staging_bytes(disk, capacity)
         for candidate in candidates)
     free = workspace.free_bytes(request.staging_directory)
     if free < needed:
         raise exception.NotEnoughRoom(
             request.staging_setting, request.staging_directory, needed, free)
-    return Plan(disk, candidates, transfer_name, transfer, image_bytes)
+    return Plan(disk, candidates, chosen, image_bytes)
 
 
-def _choose_transfer(
+def _choose_transfers(
         names: collections.abc.Sequence[str], request: requests.Request,
-) -> tuple[str, transfers.Transfer]:
+) -> list[ChosenTransfer]:
     setting = '[snapshot_ext] transfers'
-    obstacles = {}
+    chosen: list[ChosenTransfer] = []
+    obstacles: dict[str, str] = {}
     for name in names:
         transfer = plugins.load(plugins.TRANSFERS, name, setting)()
         why = transfer.obstacle(request)
-        if why is None:
-            return name, transfer
-        obstacles[name] = why
-    raise exception.NoFlowServes(setting, obstacles)
+        if why is not None:
+            obstacles[name] = why
+            continue
+        if obstacles and not chosen:
+            LOG.info('The transfer %s serves; %s', name, '; '.join(
+                f'{passed} can not serve, {reason}'
+                for passed, reason in obstacles.items()))
+        chosen.append(ChosenTransfer(name, transfer))
+    if not chosen:
+        raise exception.NoFlowServes(setting, obstacles)
+    return chosen
 
 
 def take(
@@ -148,19 +174,21 @@ def take(
         guard.watch(log)
         release = stack.enter_context(contextlib.ExitStack())
         flow, frozen = _freeze(guest, planned, request, log, release)
-        image = stack.enter_context(
-            planned.transfer.image(frozen.disks[0], request, log))
-        if image.independent:
-            release.close()
-        before_upload()
-        published = service.publish(
-            image, dataclasses.replace(
-                description,
-                properties=description.properties | Result.properties(
-                    flow, planned.transfer_name, frozen)),
-            verify_hash, request.progress, log)
+        chosen = planned.transfer_for(frozen)
+        with _named_loss(frozen):
+            image = stack.enter_context(
+                chosen.transfer.image(frozen.disks[0], request, log))
+            if image.independent:
+                release.close()
+            before_upload()
+            published = service.publish(
+                image, dataclasses.replace(
+                    description,
+                    properties=description.properties | Result.properties(
+                        flow, chosen.name, frozen)),
+                verify_hash, request.progress, log)
     result = Result(
-        flow, planned.transfer_name, frozen.consistency,
+        flow, chosen.name, frozen.consistency,
         frozen.pause.seconds, published.length, time.monotonic() - began,
         published.location)
     LOG.info(
@@ -172,6 +200,20 @@ def take(
          'pause': result.guest_pause_s, 'length': result.length,
          'duration': result.duration_s, 'location': result.location})
     return result
+
+
+@contextlib.contextmanager
+def _named_loss(
+        frozen: frozen_.Frozen) -> collections.abc.Iterator[None]:
+    """If the disk did not stay frozen, that is the error, not what came of
+    it."""
+    try:
+        yield
+    except exception.SnapshotError as error:
+        why = frozen.why_lost()
+        if why is None:
+            raise
+        raise exception.DiskThawed(why) from error
 
 
 def _freeze(

@@ -189,11 +189,14 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
             getattr(options, 'quiesce', requests.Quiesce.IF_POSSIBLE.value)),
         staging_directory=staging,
         staging_setting='--staging',
+        scratch_directory=configuration.scratch_directory or staging,
         state_directory=configuration.state_directory or _state_directory(),
         managed_save_directory=configuration.managed_save_directory,
         freeze_timeout=configuration.freeze_timeout,
         copy_timeout=configuration.copy_timeout,
         convert_timeout=configuration.convert_timeout,
+        mover_python=configuration.mover_python,
+        bandwidth=configuration.bandwidth,
         may_stop=options.force or not guest.belongs_to_nova())
 
 

@@ -246,6 +246,7 @@ class ColdFlow(base.Flow):
         with contextlib.ExitStack() as stack:
             stack.enter_context(log.scope())
             sockets = workspace.make_directory(request.state_directory, log)
+            guest_waits = False
             if guest.state() is guests.State.SHUTOFF:
                 consistency = _consistency_of_stopped(guest)
             else:
@@ -254,13 +255,15 @@ class ColdFlow(base.Flow):
                 if all(source.hold_internally(log) for source in sources):
                     back()
                 else:
+                    guest_waits = True
                     stack.callback(back)
             # Whatever reading leaves behind is undone before the guest is
             # started, where it is still off.
             stack.enter_context(log.scope())
             yield frozen.Frozen(
                 tuple(stack.enter_context(source.serving(sockets, log))
-                      for source in sources), consistency, pause)
+                      for source in sources),
+                consistency, pause, guest_waits)
 
 
 def _consistency_of_stopped(guest: guests.Guest) -> frozen.Consistency:

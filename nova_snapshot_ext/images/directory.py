@@ -100,7 +100,7 @@ class DirectoryService(base.ImageService):
     @staticmethod
     def _write(image: image_bytes.ImageBytes, path: str,
                progress: requests.Progress) -> None:
-        with image.open() as source, open(path, 'xb') as target:
+        with image.open('sha512') as source, open(path, 'xb') as target:
             shutil.copyfileobj(
                 base.CountedReader(source, image.length, progress), target,
                 1024 ** 2)

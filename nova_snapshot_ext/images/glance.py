@@ -36,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _SAVING_TIMEOUT_S = 60.0
+#: what Glance hashes by if it is not told otherwise (hashing_algorithm)
+_USUAL_HASH = 'sha512'
 #: keystoneauth would send a body again that it has read already: with a new
 #: token after 401, to another place, or after an error (Session.request)
 _SENT_ONCE: dict[str, typing.Any] = {
@@ -88,7 +90,7 @@ class GlanceService(base.ImageService):
               description: base.Description, verify_hash: bool,
               progress: requests.Progress) -> None:
         self._describe(image_id, description)
-        self._upload(image_id, image, progress)
+        self._upload(image_id, image, verify_hash, progress)
         try:
             self._verify(image_id, image, verify_hash)
         except exception.ImageDiffers:
@@ -136,12 +138,13 @@ class GlanceService(base.ImageService):
                         'application/openstack-images-v2.1-json-patch'})
 
     def _upload(self, image_id: str, image: image_bytes.ImageBytes,
-                progress: requests.Progress) -> None:
+                verify_hash: bool, progress: requests.Progress) -> None:
+        algorithm = _USUAL_HASH if verify_hash else None
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
                 # Each attempt opens the image anew: what a broken one has
                 # read is gone, and the rest alone would be another image.
-                with attempt, image.open() as file:
+                with attempt, image.open(algorithm) as file:
                     if not attempt.first and self._has_bytes(image_id):
                         return
                     self._request(

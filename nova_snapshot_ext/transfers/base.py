@@ -27,6 +27,9 @@ class Transfer(abc.ABC):
     One instance serves any number of snapshots, also at the same time.
     """
 
+    #: whether its images are independent of the disk before they are sent
+    independent: bool
+
     @abc.abstractmethod
     def obstacle(self, request: requests.Request) -> str | None:
         """Say why it can't make such an image, or None."""

@@ -43,7 +43,7 @@ class StagedFile(image_bytes.ImageBytes):
         self._path = path
         self.length = os.stat(path).st_size
 
-    def open(self) -> typing.BinaryIO:
+    def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         return open(self._path, 'rb')
 
     def digest(self, algorithm: str) -> str:
@@ -52,6 +52,8 @@ class StagedFile(image_bytes.ImageBytes):
 
 class StagedTransfer(base.Transfer):
     """Touches the staging directory only."""
+
+    independent = True
 
     def obstacle(self, request: requests.Request) -> str | None:
         if request.image_format not in FORMATS:

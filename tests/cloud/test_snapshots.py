@@ -47,6 +47,18 @@ class ImageTest(base.CloudTestCase):
         self.assertTrue(
             before <= self.booted_from(second) <= after + 1)
 
+    def test_backup_and_streamed_stage_nothing(self):
+        self.configure('snapshot_ext.transfers=streamed')
+        server = self.server()
+        before = self.wait_writes(server)
+        image = self.snapshot(server, snapshot_flow='backup')
+        self.assertEqual('backup', image.properties['snapshot_ext_flow'])
+        self.assertEqual(
+            'streamed', image.properties['snapshot_ext_transfer'])
+        self.assert_good(image, before, self.wait_writes(server))
+        second = self.server(image.id)
+        self.assertGreaterEqual(self.booted_from(second), before)
+
     def test_best_flow_serves_when_none_is_asked_for(self):
         server = self.server()
         image = self.snapshot(server)
@@ -134,6 +146,8 @@ class CallerTest(base.CloudTestCase):
                         ignore_missing=True)
         self.assertEqual(
             'stopped', image.properties['snapshot_ext_consistency'])
+        # Nothing but the image is left of the disk.
+        self.assertEqual('staged', image.properties['snapshot_ext_transfer'])
         self.assert_good(image, 1, 10 ** 6)
         self.compute.unshelve_server(server)
         self.wait_status(server, 'ACTIVE')
@@ -156,7 +170,7 @@ class RequestTest(base.CloudTestCase):
         server = self.server()
         details = self.refused_snapshot(server, snapshot_flow='warm')
         self.assertIn('warm', details)
-        self.assertIn('live, cold', details)
+        self.assertIn('backup, live, cold', details)
         self.compute.stop_server(server)
         self.wait_status(server, 'SHUTOFF')
         details = self.refused_snapshot(server, snapshot_flow='live')

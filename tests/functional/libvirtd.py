@@ -120,6 +120,14 @@ class Libvirtd:
         self._process.stdin.flush()
         self._answer()
 
+    def inside(self, *command: str | pathlib.Path) -> list[str]:
+        """A command, made one that runs in the guests' mount namespace."""
+        process = self._process.pid
+        child = pathlib.Path(
+            f'/proc/{process}/task/{process}/children').read_text().split()
+        return ['nsenter', '--target', child[0], '--mount',
+                *(str(word) for word in command)]
+
     def kill(self) -> None:
         """Kill libvirtd (SIGKILL). The guests run on."""
         self._tell('kill')

@@ -82,7 +82,8 @@ class CommandLineTest(test_flows.SnapshotTestCase):
         guest = self.guest(guests.Disk('overlay'))
         done = self.run_command('flows', guest.name, '--json')
         self.assertEqual(
-            {'cold': {'serves': True, 'obstacle': None},
+            {'backup': {'serves': True, 'obstacle': None},
+             'cold': {'serves': True, 'obstacle': None},
              'live': {'serves': True, 'obstacle': None}},
             json.loads(done.stdout)['flows'])
         guest.domain.destroy()
@@ -111,7 +112,7 @@ class CommandLineTest(test_flows.SnapshotTestCase):
         for code, words, said in (
                 (cli.NO_DOMAIN, ('flows', 'nobody'), 'no domain nobody'),
                 (cli.REFUSED, (*create, '--to', self.images, '--flow',
-                               'warm'), 'installed are cold, live'),
+                               'warm'), 'installed are backup, cold, live'),
                 (cli.REFUSED, (*create, '--to', self.images / 'none'),
                  'must be an existing directory'),
                 (cli.REFUSED, (*create, '--to', self.images, '--name',

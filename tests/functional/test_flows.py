@@ -35,6 +35,9 @@ from tests.functional import base
 from tests.functional import guests
 from tests.functional import images
 
+BOTH_TRANSFERS = (('staged', 'qcow2'), ('streamed', 'qcow2'),
+                  ('staged', 'raw'), ('streamed', 'raw'))
+
 
 def text(words: str) -> content.Content:
     """What a test adds to its details."""
@@ -68,6 +71,7 @@ class SnapshotTestCase(base.FunctionalTestCase):
             image_format='qcow2', compress=False,
             quiesce=requests.Quiesce.IF_POSSIBLE,
             staging_directory=str(self.staging), staging_setting='staging',
+            scratch_directory=str(self.staging),
             state_directory=str(self.state),
             managed_save_directory='/var/lib/libvirt/qemu/save',
             freeze_timeout=10, copy_timeout=60, convert_timeout=300)
@@ -77,11 +81,12 @@ class SnapshotTestCase(base.FunctionalTestCase):
         return our_guests.Guest(guest.domain, self.libvirtd.uri)
 
     def take(self, guest: guests.Guest, flow: str, name: str = 'image',
-             **changes) -> tuple[snapshot.Result, images.Image]:
+             transfer: str = 'staged', **changes,
+             ) -> tuple[snapshot.Result, images.Image]:
         ours = self.ours(guest)
         request = self.request(**changes)
         plan = snapshot.plan(
-            ours, selection.Wish((flow,), 'test', True), ('staged',),
+            ours, selection.Wish((flow,), 'test', True), (transfer,),
             request)
         service = directory.DirectoryService(image_services.Destination(
             directory=str(self.images), directory_setting='images'))
@@ -127,9 +132,12 @@ class ColdTest(SnapshotTestCase):
 
     def test_running_guest_runs_on_and_the_image_is_an_instant(self):
         guest = self.guest(guests.Disk('overlay'), churn=True)
-        for form in ('qcow2', 'raw'):
+        for transfer, form in BOTH_TRANSFERS:
             before = guest.wait_writes_on()
-            result, image = self.take(guest, 'cold', form, image_format=form)
+            result, image = self.take(
+                guest, 'cold', f'{transfer}-{form}', transfer,
+                image_format=form)
+            self.assertEqual(transfer, result.transfer)
             self.assert_good(image, before, guest.counter())
             self.assertEqual('crash', result.consistency.value)
             self.assertGreater(result.guest_pause_s, 0.1)
@@ -230,10 +238,11 @@ class LiveTest(SnapshotTestCase):
         guest = self.guest(guests.Disk('overlay'), churn=True)
         seen = []
         with self._watched_persistence(guest, seen):
-            for form in ('qcow2', 'raw'):
+            for transfer, form in BOTH_TRANSFERS:
                 before = guest.wait_writes_on()
                 result, image = self.take(
-                    guest, 'live', form, image_format=form)
+                    guest, 'live', f'{transfer}-{form}', transfer,
+                    image_format=form)
                 self.assert_good(image, before, guest.counter())
                 self.assertEqual(0, result.guest_pause_s)
                 self.assert_whole(guest)

@@ -43,7 +43,8 @@ _BEGIN = textwrap.dedent('''
     wanted = request.Request(
         image_format='qcow2', compress=False,
         quiesce=request.Quiesce.IF_POSSIBLE, staging_directory=staging,
-        staging_setting='staging', state_directory=state,
+        staging_setting='staging', scratch_directory=staging,
+        state_directory=state,
         managed_save_directory='/', freeze_timeout=10, copy_timeout=60,
         convert_timeout=60)
     if place != 'frozen':

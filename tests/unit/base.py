@@ -84,6 +84,7 @@ class TestCase(testtools.TestCase):
             'quiesce': requests.Quiesce.NEVER,
             'staging_directory': self.staging,
             'staging_setting': '--staging',
+            'scratch_directory': self.staging,
             'state_directory': self.state,
             'managed_save_directory': self.save,
             'freeze_timeout': 10,

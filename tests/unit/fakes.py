@@ -17,6 +17,7 @@ They keep one journal, so that a test can tell what came before what.
 
 import collections.abc
 import contextlib
+import socket
 import typing
 from xml.etree import ElementTree
 
@@ -51,6 +52,11 @@ def disk_xml(path: str, fmt: str = 'raw', target: str = 'vda',
             f"<driver name='qemu' type='{fmt}'/>"
             f"<source {attribute}='{path}'/>{inside}"
             f"<target dev='{target}' bus='virtio'/></disk>")
+
+
+def make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
 
 
 class FakeConnection:
@@ -103,6 +109,11 @@ class FakeDomain:
         #: by target: the path of a block copy's overlay
         self.copies: dict[str, str] = {}
         self.copy_ready = True
+        #: XML of the backup job, None while there is none
+        self.backup: str | None = None
+        self.backup_flags = 0
+        #: what QEMU does with the path of a backup's socket
+        self.bind: collections.abc.Callable[[str], object] = make_socket
         #: by a method's name: what it raises from now on
         self.errors: dict[str, Exception] = {}
         #: by a method's name: called before it does its work
@@ -197,6 +208,24 @@ class FakeDomain:
     def blockJobAbort(self, target: str, flags: int) -> None:
         self._called('blockJobAbort', target)
         del self.copies[target]
+
+    def backupBegin(self, xml: str, checkpoint: object,
+                    flags: int) -> None:
+        self._called('backupBegin')
+        self.backup, self.backup_flags = xml, flags
+        server = ElementTree.fromstring(xml).find('server')
+        assert server is not None
+        self.bind(server.get('socket', ''))
+
+    def backupGetXMLDesc(self, flags: int) -> str:
+        self._may_fail('backupGetXMLDesc')
+        if self.backup is None:
+            raise libvirt_error(libvirt.VIR_ERR_NO_DOMAIN_BACKUP)
+        return self.backup
+
+    def abortJob(self) -> None:
+        self._called('abortJob')
+        self.backup = None
 
     # File systems
 

@@ -195,7 +195,7 @@ class TestExitCodes(CommandTestCase):
         self.assertFailed(cmd.FAILED, 'no socket')
 
     def test_unknown_flow(self) -> None:
-        self.assertFailed(cmd.REFUSED, 'installed are cold, live',
+        self.assertFailed(cmd.REFUSED, 'installed are backup, cold, live',
                           '--flow', 'warm')
 
     def test_flow_that_can_not_serve(self) -> None:
@@ -244,14 +244,17 @@ class TestFlows(CommandTestCase):
         self.domain.off()
         self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
         self.assertEqual(
-            'cold: can serve\nlive: the guest is shut off\n',
+            'backup: the guest is shut off\ncold: can serve\n'
+            'live: the guest is shut off\n',
             self.out.getvalue())
 
     def test_json(self) -> None:
         self.domain.off()
         self.run_command('flows', '--json', 'instance-00000001')
         self.assertEqual(
-            {'cold': {'serves': True, 'obstacle': None},
+            {'backup': {'serves': False,
+                        'obstacle': 'the guest is shut off'},
+             'cold': {'serves': True, 'obstacle': None},
              'live': {'serves': False, 'obstacle': 'the guest is shut off'}},
             json.loads(self.out.getvalue())['flows'])
 

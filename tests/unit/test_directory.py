@@ -31,7 +31,7 @@ class Bytes(image_bytes.ImageBytes):
     length = len(CONTENT)
     content = CONTENT
 
-    def open(self) -> typing.BinaryIO:
+    def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         return io.BytesIO(self.content)
 
     def digest(self, algorithm: str) -> str:

@@ -386,16 +386,27 @@ class TestRequest(DriverTestCase):
     def test_novas_options_are_honoured(self) -> None:
         self.config(snapshot_compression=True, group='libvirt')
         self.config(freeze_timeout=3, copy_timeout=4, convert_timeout=5,
+                    mover_python='/opt/python', bandwidth=6,
                     group='snapshot_ext')
         request = self.taken_request()
         self.assertEqual(
             (True, self.staging, '[libvirt] snapshots_directory',
-             self.state, self.save, 3, 4, 5, True),
+             self.state, self.save, 3, 4, 5, True, '/opt/python', 6),
             (request.compress, request.staging_directory,
              request.staging_setting, request.state_directory,
              request.managed_save_directory, request.freeze_timeout,
              request.copy_timeout, request.convert_timeout,
-             request.may_stop))
+             request.may_stop, request.mover_python, request.bandwidth))
+
+    def test_transfers_know_whether_the_disk_is_deleted(self) -> None:
+        for state, deleted in ((task_states.IMAGE_SNAPSHOT, False),
+                               (task_states.IMAGE_BACKUP, False),
+                               (task_states.SHELVING, True),
+                               (task_states.RESIZE_MIGRATING, True)):
+            self.instance.task_state = state
+            self.snapshot(lambda *arguments, **more: None)
+            self.assertEqual(
+                deleted, self.taken[-1]['request'].only_copy, state)
 
     def test_state_is_kept_in_novas_directory(self) -> None:
         self.config(state_directory=None, group='snapshot_ext')

@@ -169,7 +169,7 @@ class Bytes(image_bytes.ImageBytes):
         self.length = len(CONTENT)
         self.opened = 0
 
-    def open(self) -> typing.BinaryIO:
+    def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         self.opened += 1
         return io.BytesIO(CONTENT)
 
@@ -333,7 +333,7 @@ class TestUpload(GlanceTestCase):
     def test_transfer_that_can_not_be_read_is_not_tried_again(self) -> None:
         opened = []
 
-        def fail() -> typing.BinaryIO:
+        def fail(algorithm: str | None = None) -> typing.BinaryIO:
             opened.append(1)
             raise exception.TransferFailed('the source is gone')
         self.image.open = fail  # type: ignore[method-assign]

@@ -26,7 +26,8 @@ class TestInstalled(base.TestCase):
     def test_every_plugin_is_of_its_base_class(self) -> None:
         for namespace, kind, names in (
                 (plugins.FLOWS, flows.Flow, {'cold', 'live'}),
-                (plugins.TRANSFERS, transfers.Transfer, {'staged'}),
+                (plugins.TRANSFERS, transfers.Transfer,
+                 {'staged', 'streamed'}),
                 (plugins.IMAGE_SERVICES, images.ImageService,
                  {'directory', 'glance'})):
             self.assertLessEqual(names, set(plugins.names(namespace)))
@@ -37,7 +38,7 @@ class TestInstalled(base.TestCase):
     def test_what_exists_is_named_where_a_name_is_unknown(self) -> None:
         for namespace, installed in (
                 (plugins.FLOWS, 'cold, live'),
-                (plugins.TRANSFERS, 'staged'),
+                (plugins.TRANSFERS, 'staged, streamed'),
                 (plugins.IMAGE_SERVICES, 'directory, glance')):
             self.assertRaisesRegex(
                 exception.InvalidSetting,
@@ -48,7 +49,8 @@ class TestInstalled(base.TestCase):
         plugins.load_all()
         for name in ('thaw', 'start_guest', 'attach_device', 'end_copy',
                      'delete_internal_snapshot', 'restore_owner',
-                     'resume_guest', 'end_server', 'remove_directory'):
+                     'resume_guest', 'end_server', 'end_mover',
+                     'remove_directory'):
             self.assertIn(name, undo._STEPS)
 
 

@@ -83,7 +83,7 @@ class DemoBytes(image_bytes.ImageBytes):
         self.path = path
         self.independent = independent
 
-    def open(self) -> typing.BinaryIO:
+    def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         return open(self.path, 'rb')
 
     def digest(self, algorithm: str) -> str:
@@ -184,7 +184,7 @@ class TestTake(SnapshotTestCase):
             self.guest.root_disk(),
             [selection.Candidate(flow.name, flow)
              for flow in candidates or (DemoFlow(),)],
-            'demo-transfer', self.transfer, 12345)
+            [snapshot.ChosenTransfer('demo-transfer', self.transfer)], 12345)
         return snapshot.take(
             self.guest, self.host, planned, self.request(), self.service,
             images.Description('snap', 'raw', 'bare', {'mine': '1'}),
@@ -213,6 +213,17 @@ class TestTake(SnapshotTestCase):
         self.assertEqual(
             ['publish', 'remove image', 'undo demo', 'released demo'],
             journal.of('publish', 'undo', 'released', 'remove'))
+
+    def test_guest_that_waits_is_not_kept_for_the_upload(self) -> None:
+        bound, free = DemoTransfer(), DemoTransfer()
+        bound.independent = False
+        chosen = [snapshot.ChosenTransfer('bound', bound),
+                  snapshot.ChosenTransfer('free', free)]
+        plan = snapshot.Plan(self.guest.root_disk(), [], chosen, 1)
+        for waits, name in ((False, 'bound'), (True, 'free')):
+            found = frozen.Frozen((), frozen.Consistency.CRASH,
+                                  frozen.Pause(), waits)
+            self.assertEqual(name, plan.transfer_for(found).name)
 
     def test_guard_stands_before_the_guest_is_touched(self) -> None:
         self.take()
@@ -364,7 +375,8 @@ class TestPlan(SnapshotTestCase):
         planned = self.plan()
         self.assertEqual(
             ['one', 'two'], [each.name for each in planned.candidates])
-        self.assertEqual('demo', planned.transfer_name)
+        self.assertEqual(
+            ['demo'], [each.name for each in planned.transfers])
         self.assertEqual([], journal)
         self.assertEqual([], os.listdir(self.state))
 
@@ -410,7 +422,8 @@ class TestPlan(SnapshotTestCase):
         other.why = 'it can not'
         self.transfers['other'] = other
         self.assertEqual('demo', self.plan(
-            transfer_names=('other', 'demo')).transfer_name)
+            transfer_names=('other', 'demo')).transfers[0].name)
+        self.assertIn('other can not serve, it can not', self.output.output)
 
     def test_obstacles_of_all_transfers_are_named(self) -> None:
         self.transfer.why = 'it can not'

@@ -1,0 +1,102 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Which clusters of a disk hold data: one bit each.
+
+Runs in the mover, whose interpreter has the standard library only.
+"""
+
+import collections.abc
+
+#: bytes
+CLUSTER = 64 * 1024
+#: clusters that are looked at together; as many as a qcow2 L2 table has
+GROUP = CLUSTER // 8
+
+_GROUP_BYTES = GROUP // 8
+#: of each byte, its bits from the lowest on, one byte each
+_UNPACKED = tuple(bytes(byte >> bit & 1 for bit in range(8))
+                  for byte in range(256))
+_NONE = bytes(_GROUP_BYTES)
+_NONE_UNPACKED = bytes(GROUP)
+
+
+class Clusters:
+    """A disk's clusters; none holds data until it is marked.
+
+    A disk of 2 TiB takes 4 MiB.
+    """
+
+    def __init__(self, size: int) -> None:
+        """:param size: of the disk in bytes"""
+        self.size = size
+        self.count = -(-size // CLUSTER)
+        #: how many groups there are, at least one; the last one is filled
+        #: up with holes
+        self.groups = max(1, -(-self.count // GROUP))
+        self._bits = bytearray(self.groups * _GROUP_BYTES)
+
+    def mark(self, offset: int, length: int) -> None:
+        """Mark every cluster that some of these bytes are in."""
+        first = offset // CLUSTER
+        end = -(-(offset + length) // CLUSTER)
+        if end - first == 1:
+            self._bits[first >> 3] |= 1 << (first & 7)
+            return
+        whole = min(end, -(-first // 8) * 8)
+        rest = max(whole, end // 8 * 8)
+        for cluster in range(first, whole):
+            self._bits[cluster >> 3] |= 1 << (cluster & 7)
+        self._bits[whole // 8:rest // 8] = b'\xff' * ((rest - whole) // 8)
+        for cluster in range(rest, end):
+            self._bits[cluster >> 3] |= 1 << (cluster & 7)
+
+    def marked_in(self, group: int) -> int:
+        """How many clusters of a group hold data."""
+        return int.from_bytes(self._packed(group), 'little').bit_count()
+
+    def marks(self, group: int) -> bytes:
+        """A byte for each cluster of a group: 1 for data, 0 for a hole."""
+        packed = self._packed(group)
+        if packed == _NONE:
+            return _NONE_UNPACKED
+        return b''.join(map(_UNPACKED.__getitem__, packed))
+
+    def runs(self) -> collections.abc.Iterator[tuple[int, int]]:
+        """Offset and length in bytes of what holds data, in order.
+
+        A run is as long as it can be, and ends at the disk's end at the
+        latest.
+        """
+        start = -1
+        for group in range(self.groups):
+            marks = self.marks(group)
+            base = group * GROUP
+            position = 0
+            while True:
+                position = marks.find(1 if start < 0 else 0, position)
+                if position < 0:
+                    break
+                if start < 0:
+                    start = base + position
+                else:
+                    yield self._bytes(start, base + position)
+                    start = -1
+        if start >= 0:
+            yield self._bytes(start, self.count)
+
+    def _packed(self, group: int) -> bytearray:
+        return self._bits[group * _GROUP_BYTES:(group + 1) * _GROUP_BYTES]
+
+    def _bytes(self, first: int, end: int) -> tuple[int, int]:
+        offset = first * CLUSTER
+        return offset, min(end * CLUSTER, self.size) - offset

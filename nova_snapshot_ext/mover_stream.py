@@ -1,0 +1,227 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A mover that runs, as a file that it can be read from.
+
+What is read is the whole image or ends in an error: the last bytes are given
+only when the mover has ended in good order and said the same number of bytes.
+
+Pipes are read by os.read(): in threads it blocks the thread alone, and under
+eventlet it is a green one that lets other greenlets run meanwhile.
+"""
+
+import collections.abc
+import contextlib
+import fcntl
+import io
+import json
+import os
+import subprocess
+import typing
+
+from nova_snapshot_ext import exception
+
+#: run as PYTHON -I -c BOOTSTRAP DIRECTORY ARGUMENT...: our modules by a bare
+#: package, so that nothing else of our site-packages gets into an interpreter
+#: that may be of another version
+BOOTSTRAP = """\
+import sys, types
+package = types.ModuleType('nova_snapshot_ext')
+package.__path__ = [sys.argv.pop(1)]
+sys.modules[package.__name__] = package
+from nova_snapshot_ext import mover
+mover.main()
+"""
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+#: the largest that an ordinary user may have (proc(5), pipe-max-size)
+_PIPE = 1024 ** 2
+_END_TIMEOUT_S = 5.0
+#: what is kept of its words
+_WORDS = 2000
+
+
+def command(python: str, *arguments: str) -> list[str]:
+    """What starts a mover.
+
+    :param python: an interpreter that has libnbd's binding
+    """
+    return [python, '-I', '-c', BOOTSTRAP, _PACKAGE, *arguments]
+
+
+def why_not(python: str) -> str | None:
+    """Why an interpreter can't run a mover, None if it can."""
+    try:
+        done = subprocess.run(
+            command(python, '--help'), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors='replace', timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f'{python} can not be run: {error}'
+    if not done.returncode:
+        return None
+    words = done.stderr.strip()
+    if "No module named 'nbd'" in words:
+        return (f"{python} does not have libnbd's Python binding; install "
+                f"python3-libnbd (Debian, Ubuntu, Fedora, RHEL)")
+    return f'{python} can not run the mover: {words[-_WORDS:]}'
+
+
+class MoverStream(io.RawIOBase):
+    """The image that one mover writes.
+
+    :ivar length: of the image, in bytes
+    :ivar digest: the hash that was asked for, when all was read
+    """
+
+    def __init__(self, arguments: collections.abc.Sequence[str],
+                 discard: bool = False) -> None:
+        """Start the mover, and wait until it knows the length.
+
+        :param arguments: as :func:`command` gives them
+        :param discard: let nobody have the image: only its hash counts
+        :raises TransferFailed: if it fails before that
+        """
+        super().__init__()
+        self.digest: str | None = None
+        self._position = 0
+        self._words = ''
+        self._open: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._start(arguments, discard)
+            self.length = int(self._next_words()['length'])
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, arguments: collections.abc.Sequence[str],
+               discard: bool) -> None:
+        # Pipes of our own, as eventlet would put objects of its own around
+        # those of subprocess.
+        control, self._control = self._pipe()
+        self._image, image = self._pipe()
+        self._status, status = self._pipe()
+        theirs = [control, image, status]
+        with contextlib.suppress(OSError):
+            # The user's share of pipe pages is used up: slower, no error.
+            fcntl.fcntl(self._image, fcntl.F_SETPIPE_SZ, _PIPE)
+        try:
+            self._process = subprocess.Popen(
+                arguments, stdin=control,
+                stdout=subprocess.DEVNULL if discard else image,
+                stderr=status, cwd='/')
+        except OSError as error:
+            raise exception.TransferFailed(
+                f'{arguments[0]} can not be run: {error}') from error
+        finally:
+            for descriptor in theirs:
+                self._open.remove(descriptor)
+                os.close(descriptor)
+
+    def _pipe(self) -> tuple[int, int]:
+        ends = os.pipe()
+        self._open += ends
+        return ends
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Some bytes, at most so many; none at the end only.
+
+        :raises TransferFailed: if the mover did not give the whole image
+        """
+        if size < 0:
+            return self.readall()
+        if not size or self._position == self.length:
+            return b''
+        chunk = os.read(self._image, size)
+        self._position += len(chunk)
+        if not chunk or self._position >= self.length:
+            self._finish()
+        return chunk
+
+    def finish(self) -> None:
+        """Wait for the end of an image that nobody reads.
+
+        :raises TransferFailed: if it did not end well
+        """
+        self._position = self.length
+        self._finish()
+
+    def _finish(self) -> None:
+        """:raises TransferFailed: if the image is not what was announced"""
+        if self._position == self.length and os.read(self._image, 1):
+            self._position += 1
+        said = self._next_words()
+        self._drain()
+        assert self._process is not None
+        try:
+            code = self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise self._failed('it does not end') from error
+        if code or self._position != self.length or (
+                said.get('written') != self.length):
+            raise self._failed(
+                f'it ended with {code} after {self._position} bytes of '
+                f'{self.length}')
+        self.digest = said.get('digest')
+
+    def _next_words(self) -> dict[str, typing.Any]:
+        """The next line that the mover says.
+
+        :raises TransferFailed: if that is an error, or there is none
+        """
+        while '\n' not in self._words:
+            chunk = os.read(self._status, 4096)
+            if not chunk:
+                break
+            self._words += chunk.decode(errors='replace')
+        line, _, rest = self._words.partition('\n')
+        try:
+            said: dict[str, typing.Any] = json.loads(line)
+        except ValueError:
+            self._drain()
+            raise self._failed('it crashed, or was ended') from None
+        self._words = rest
+        if 'error' in said:
+            raise self._failed(str(said['error']))
+        return said
+
+    def _drain(self) -> None:
+        """Take the rest of its words, up to where it ends."""
+        while chunk := os.read(self._status, 4096):
+            self._words = (self._words
+                           + chunk.decode(errors='replace'))[-_WORDS:]
+
+    def _failed(self, why: str) -> exception.TransferFailed:
+        words = self._words.strip()
+        return exception.TransferFailed(
+            f'The mover failed: {why}' + (f' ({words})' if words else ''))
+
+    def close(self) -> None:
+        """End the mover, if it did not end."""
+        if self.closed:
+            return
+        super().close()
+        for descriptor in self._open:
+            os.close(descriptor)
+        self._open.clear()
+        if self._process is None:
+            return
+        # It ends by itself: its control pipe is closed.
+        try:
+            self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

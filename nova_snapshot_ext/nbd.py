@@ -1,0 +1,249 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Reading an NBD export: what holds data, and the data in order.
+
+Runs in the mover, whose interpreter has the standard library and libnbd's
+binding only.
+"""
+
+import collections
+import collections.abc
+import queue
+import threading
+import time
+
+import nbd
+
+from nova_snapshot_ext import clusters as clusters_
+
+#: bytes of a read; smaller ones cost a quarter of the speed, larger ones win
+#: nothing
+REQUEST = 1024 ** 2
+#: bytes whose extents are asked for at once. A server answers with up to a
+#: million extents, each of which is a Python object for a moment.
+_STRIDE = 128 * 1024 ** 2
+#: questions in flight: the server looks for extents while we mark others
+_QUESTIONS = 2
+#: buffers that are being written while as many requests as allowed are in
+#: flight
+_SPARE_BUFFERS = 2
+
+#: offset and length in bytes
+Piece = tuple[int, int]
+
+
+class NbdError(Exception):
+    """The export can't be read."""
+
+
+class Export:
+    """A read-only connection to an export on a unix socket."""
+
+    def __init__(self, socket: str, name: str) -> None:
+        """:raises NbdError: if it can't be opened"""
+        self._nbd = nbd.NBD()
+        try:
+            self._nbd.set_export_name(name)
+            self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+            # A failed read ends us: nobody sees what a buffer held before.
+            self._nbd.set_pread_initialize(False)
+            self._nbd.connect_unix(socket)
+            #: bytes
+            self.size: int = self._nbd.get_size()
+            self._has_extents: bool = self._nbd.can_meta_context(
+                nbd.CONTEXT_BASE_ALLOCATION)
+        except nbd.Error as error:
+            raise NbdError(
+                f'The export {name} of {socket} can not be opened: '
+                f'{error}') from error
+
+    def mark_data(self, clusters: clusters_.Clusters) -> None:
+        """Mark what does not read as zeroes.
+
+        Everything, if the server does not say.
+
+        :raises NbdError: if the server can't be asked
+        """
+        if not self._has_extents:
+            if self.size:
+                clusters.mark(0, self.size)
+            return
+        flight: collections.deque[_Question] = collections.deque()
+        strides = iter(range(0, self.size, _STRIDE))
+        try:
+            while True:
+                while len(flight) < _QUESTIONS and (
+                        offset := next(strides, None)) is not None:
+                    flight.append(_Question(
+                        self._nbd, clusters, offset,
+                        min(offset + _STRIDE, self.size)))
+                if not flight:
+                    return
+                question = flight.popleft()
+                while not self._nbd.aio_command_completed(question.cookie):
+                    self._nbd.poll(-1)
+                if question.position < question.end:
+                    flight.append(question.rest())
+        except nbd.Error as error:
+            raise NbdError(
+                f'The server does not say where there is data: '
+                f'{error}') from error
+
+    def read(self, pieces: collections.abc.Iterable[Piece], in_flight: int,
+             bandwidth: float = 0,
+             ) -> collections.abc.Iterator[tuple[int, memoryview]]:
+        """Read pieces of at most REQUEST bytes, in their order.
+
+        :param in_flight: how many requests are under way at most
+        :param bandwidth: bytes a second that are read at most, 0 for all
+        :returns: offset and bytes of each piece. The bytes stay valid until
+            the next ones are asked for.
+        :raises NbdError: if a read fails
+        """
+        pipeline = _Pipeline(self._nbd, iter(pieces), in_flight, bandwidth)
+        pipeline.start()
+        return pipeline.results()
+
+
+class _Question:
+    """What holds data between two offsets, asked and marked when answered."""
+
+    def __init__(self, handle: nbd.NBD, clusters: clusters_.Clusters,
+                 offset: int, end: int) -> None:
+        self._nbd = handle
+        self._clusters = clusters
+        self._offset = offset
+        self.end = end
+        #: up to where there was an answer
+        self.position = offset
+        self.cookie: int = handle.aio_block_status(
+            end - offset, offset, self._mark)
+
+    def rest(self) -> '_Question':
+        """Ask for what was not answered.
+
+        :raises NbdError: if nothing was
+        """
+        if self.position <= self._offset:
+            raise NbdError(f'The server does not say whether there is data '
+                           f'at byte {self._offset}')
+        return _Question(self._nbd, self._clusters, self.position, self.end)
+
+    def _mark(self, context: str, start: int, entries: list[int],
+              error: object) -> int:
+        if context != nbd.CONTEXT_BASE_ALLOCATION or start != self.position:
+            return 0
+        position = start
+        end = self.end
+        mark = self._clusters.mark
+        # Lengths and flags in turn. The last extent may reach beyond what
+        # was asked for, and beyond the disk.
+        pairs = iter(entries)
+        for length, flags in zip(pairs, pairs, strict=True):
+            if not flags & nbd.STATE_ZERO and position < end:
+                mark(position, min(length, end - position))
+            position += length
+        self.position = position
+        return 0
+
+
+class _Buffer:
+    """Memory that is allocated once: fresh pages for every request made
+    reading three times slower.
+    """
+
+    def __init__(self) -> None:
+        self.memory = memoryview(bytearray(REQUEST))
+        self.piece = (0, 0)
+        self.cookie = 0
+
+    @property
+    def view(self) -> memoryview:
+        return self.memory[:self.piece[1]]
+
+
+class _Pipeline(threading.Thread):
+    """Keeps requests in flight, while another thread writes what was read.
+
+    libnbd and os.write() let go of Python's lock, so the two copies into and
+    out of our memory go on at the same time.
+    """
+
+    def __init__(self, handle: nbd.NBD, pieces: collections.abc.Iterator[
+            Piece], in_flight: int, bandwidth: float) -> None:
+        super().__init__(daemon=True)
+        self._nbd = handle
+        self._pieces = pieces
+        self._in_flight = in_flight
+        self._bandwidth = bandwidth
+        self._due = time.monotonic()
+        self._flight: collections.deque[_Buffer] = collections.deque()
+        self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[_Buffer | Exception | None] = (
+            queue.SimpleQueue())
+        for _ in range(in_flight + _SPARE_BUFFERS):
+            self._free.put(_Buffer())
+
+    def results(self) -> collections.abc.Iterator[tuple[int, memoryview]]:
+        while (result := self._read.get()) is not None:
+            if isinstance(result, Exception):
+                raise NbdError(f'A read failed: {result}') from result
+            yield result.piece[0], result.view
+            self._free.put(result)
+
+    def run(self) -> None:
+        try:
+            self._run()
+            self._read.put(None)
+        except Exception as error:
+            self._read.put(error)
+
+    def _run(self) -> None:
+        piece = next(self._pieces, None)
+        while piece is not None or self._flight:
+            wait_s = self._due - time.monotonic()
+            if piece is not None and wait_s <= 0 and self._send(piece):
+                piece = next(self._pieces, None)
+                continue
+            if self._flight:
+                self._receive(wait_s if piece is not None else 0)
+            else:
+                time.sleep(max(wait_s, 0))
+
+    def _send(self, piece: Piece) -> bool:
+        """:returns: whether it could be: a buffer was free"""
+        if len(self._flight) >= self._in_flight:
+            return False
+        try:
+            buffer = self._free.get(block=not self._flight)
+        except queue.Empty:
+            return False
+        buffer.piece = piece
+        buffer.cookie = self._nbd.aio_pread(
+            nbd.Buffer.from_buffer(buffer.view), piece[0])
+        self._flight.append(buffer)
+        if self._bandwidth:
+            # What was not used of it before is not made up for.
+            self._due = (max(self._due, time.monotonic())
+                         + piece[1] / self._bandwidth)
+        return True
+
+    def _receive(self, wait_s: float) -> None:
+        """Hand over what is complete, or wait for what comes next.
+
+        :param wait_s: for so long at most, if it is more than 0
+        """
+        if self._nbd.aio_command_completed(self._flight[0].cookie):
+            self._read.put(self._flight.popleft())
+        else:
+            self._nbd.poll(int(wait_s * 1000) + 1 if wait_s > 0 else -1)

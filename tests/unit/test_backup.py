@@ -1,0 +1,179 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The flow backup: what is begun, watched and ended, and in which order."""
+
+import os
+from xml.etree import ElementTree
+
+import libvirt
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.flows import backup
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+from tests.unit import base
+from tests.unit import doubles
+from tests.unit import fakes
+from tests.unit import test_quiesce
+
+
+class BackupTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.disks = (
+            fakes.disk_xml(self.new_file('a'))
+            + fakes.disk_xml(self.new_file('b'), target='vdb'))
+        self.flow = backup.BackupFlow()
+
+
+class TestObstacle(BackupTestCase):
+
+    def obstacle(self, **changes: object) -> str:
+        why = self.flow.obstacle(self.guest, self.guest.disks(),
+                                 self.request(**changes))
+        self.assertEqual([], self.journal, 'the guest was touched')
+        return why or ''
+
+    def test_running_and_paused_guests_are_served(self) -> None:
+        self.assertEqual('', self.obstacle())
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        self.assertEqual('', self.obstacle())
+
+    def test_stopped_guest_is_not(self) -> None:
+        self.domain.off()
+        self.assertIn('shut off', self.obstacle())
+
+    def test_jobs_of_others_are_not_disturbed(self) -> None:
+        self.domain.copies['vdb'] = '/theirs'
+        self.assertIn('vdb has a block job (copy)', self.obstacle())
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.assertIn('another job', self.obstacle())
+
+    def test_quiesce_that_is_required_needs_the_agent(self) -> None:
+        self.assertIn('no guest agent', self.obstacle(
+            quiesce=requests.Quiesce.REQUIRED))
+
+
+class TestFreeze(BackupTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.watch_flushes()
+        self.domain.devices = test_quiesce.CONNECTED
+        self.qemu_img = doubles.QemuImg(self.journal)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
+        self.log = self.new_log()
+        self.journal.clear()
+
+    def freeze(self, **changes: object) -> frozen.Frozen:
+        with self.flow.freeze(
+                self.guest, self.guest.disks(),
+                self.request(**changes), self.log) as found:
+            self.journal.append('read here')
+            self.during = [os.stat(os.path.dirname(found.disks[0].socket))]
+        return found
+
+    def test_all_disks_are_in_one_job_with_scratch_made_before(self) -> None:
+        found = self.freeze()
+        self.assertEqual(
+            ['qemu-img create', 'qemu-img create', 'flushed end_backup',
+             'backupBegin', 'read here', 'abortJob'],
+            self.journal.of('qemu-img', 'flushed end', 'backup', 'read',
+                            'abort'))
+        self.assertEqual(libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL,
+                         self.domain.backup_flags)
+        self.assertEqual(['vda', 'vdb'],
+                         [disk.export for disk in found.disks])
+        self.assertEqual(frozen.Consistency.CRASH, found.consistency)
+        self.assertEqual([], os.listdir(self.staging))
+        self.assertEqual(0, self.log.pending)
+
+    def test_job_names_every_disk_and_no_other(self) -> None:
+        seen = []
+        self.domain.before['backupBegin'] = lambda: None
+        original = self.domain.backupBegin
+
+        def begin(xml: str, checkpoint: object, flags: int) -> None:
+            seen.append(xml)
+            original(xml, checkpoint, flags)
+        self.domain.backupBegin = begin  # type: ignore[method-assign]
+        self.freeze()
+        job = ElementTree.fromstring(seen[0])
+        self.assertEqual('pull', job.get('mode'))
+        self.assertEqual(
+            [('vda', 'vda'), ('vdb', 'vdb')],
+            [(disk.get('name'), disk.get('exportname'))
+             for disk in job.iter('disk')])
+
+    def test_quiesced_for_the_begin_alone(self) -> None:
+        found = self.freeze(quiesce=requests.Quiesce.IF_POSSIBLE)
+        self.assertEqual(
+            ['fsFreeze', 'backupBegin', 'fsThaw', 'read here'],
+            self.journal.of('fs', 'backup', 'read'))
+        self.assertEqual(frozen.Consistency.FILESYSTEM, found.consistency)
+
+    def test_guest_is_thawed_when_the_job_cannot_start(self) -> None:
+        self.domain.errors['backupBegin'] = fakes.libvirt_error(1)
+        self.assertRaises(exception.SnapshotError, self.freeze,
+                          quiesce=requests.Quiesce.IF_POSSIBLE)
+        self.assertEqual(
+            ['fsFreeze', 'backupBegin', 'fsThaw'],
+            self.journal.of('fs', 'backup', 'abort'))
+        self.assertEqual([], os.listdir(self.staging))
+        self.assertEqual(0, self.log.pending)
+
+    def test_directory_is_closed_before_the_socket_is_taken_over(
+            self) -> None:
+        modes = []
+        chown = self.host.chown
+
+        def look(path: str, uid: int, gid: int) -> None:
+            if uid != -1:
+                modes.append(os.stat(os.path.dirname(path)).st_mode & 0o777)
+            chown(path, uid, gid)
+        self.host.chown = look  # type: ignore[method-assign]
+        self.freeze()
+        self.assertEqual([0o710], modes)
+
+    def test_link_in_place_of_the_socket_is_not_followed(self) -> None:
+        target = self.new_file('theirs')
+        self.domain.bind = lambda path: os.symlink(target, path)
+        self.assertRaisesRegex(exception.FreezeFailed, 'is not a socket',
+                               self.freeze)
+        self.assertEqual([], self.journal.of('chown'))
+        self.assertEqual(['abortJob'], self.journal.of('abort'))
+
+
+class TestEndBackup(BackupTestCase):
+
+    def end(self, socket: str) -> None:
+        backup.end_backup(undo.Surroundings(self.guest, self.host),
+                          socket=socket)
+
+    def test_job_of_another_is_not_ended(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/theirs'/></domainbackup>")
+        self.end('/ours')
+        self.assertEqual([], self.journal)
+        self.end('/theirs')
+        self.assertEqual(['abortJob'], self.journal)
+
+    def test_no_job_and_no_guest_are_undone(self) -> None:
+        self.end('/ours')
+        self.domain.off()
+        self.end('/ours')
+        self.domain.gone()
+        self.end('/ours')
+        self.assertEqual([], self.journal)

@@ -1,0 +1,235 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nova_snapshot_ext
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import mover_stream
+from nova_snapshot_ext import processes
+from tests.unit import base
+
+#: a mover that says what it is told, and writes so many bytes
+MOVER = """\
+import json, os, select, sys, time
+def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
+def write(count): sys.stdout.buffer.write(b'x' * count)
+def end(code=0):
+    sys.stdout.buffer.flush()
+    sys.stderr.flush()
+    os._exit(code)
+exec(sys.argv[1])
+end()
+"""
+
+#: prints the longest time that another greenlet had to wait
+EVENTLET = """\
+import sys
+import eventlet
+eventlet.monkey_patch()
+import time
+from nova_snapshot_ext import mover_stream
+longest = 0
+def tick():
+    global longest
+    while True:
+        began = time.monotonic()
+        eventlet.sleep(0.01)
+        longest = max(longest, time.monotonic() - began)
+eventlet.spawn(tick)
+eventlet.sleep(0.1)
+stream = mover_stream.MoverStream([
+    sys.executable, '-I', '-c', sys.argv[1],
+    'time.sleep(1); say(length=5); write(4); sys.stdout.buffer.flush();'
+    'time.sleep(1); write(1); sys.stdout.buffer.flush(); time.sleep(1);'
+    'say(written=5); sys.stderr.flush(); os.close(2); time.sleep(1)'])
+eventlet.sleep(0.1)
+print(longest)
+longest = 0
+assert stream.read() == b'xxxxx'
+stream.close()
+eventlet.sleep(0.1)
+print(longest)
+"""
+
+
+class StreamTestCase(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.descriptors = len(os.listdir('/proc/self/fd'))
+
+    def stream(self, code: str,
+               discard: bool = False) -> mover_stream.MoverStream:
+        made = mover_stream.MoverStream(
+            [sys.executable, '-I', '-c', MOVER, code,
+             f'--token={self.id()}'], discard)
+        self.addCleanup(made.close)
+        return made
+
+    def assertFails(self, code: str, words: str = '') -> None:
+        """Whatever is read of it is less than the image."""
+        stream = self.stream(code)
+        got = []
+
+        def read() -> None:
+            while chunk := stream.read(1000):
+                got.append(len(chunk))
+        self.assertRaisesRegex(exception.TransferFailed, words, read)
+        self.assertLess(sum(got), stream.length)
+        stream.close()
+
+
+class TestReading(StreamTestCase):
+
+    def test_whole_image_is_read(self) -> None:
+        stream = self.stream(
+            'say(length=3000000); write(3000000);'
+            'say(written=3000000, digest="abc")')
+        self.assertEqual(3000000, stream.length)
+        with stream:
+            self.assertEqual(b'x' * 3000000, stream.read())
+            self.assertEqual(b'', stream.read(10))
+        self.assertEqual('abc', stream.digest)
+
+    def test_empty_image(self) -> None:
+        stream = self.stream('say(length=0); say(written=0)')
+        self.assertEqual(b'', stream.read())
+
+    def test_last_byte_waits_for_a_good_end(self) -> None:
+        # Whoever has all bytes may take the image for whole.
+        for code in (
+                'say(length=5); write(5); end(1)',
+                'say(length=5); write(5); end()',
+                'say(length=5); write(5); say(written=4)',
+                'say(length=5); write(5); say(error="no")',
+                'say(length=5); write(5); say(written=5); end(3)',
+                'say(length=5); write(6); say(written=6)'):
+            self.assertFails(code)
+
+    def test_early_end_is_no_end(self) -> None:
+        for code in (
+                'say(length=5000); write(3000)',
+                'say(length=5000); write(3000); say(written=3000)',
+                'say(length=5000); write(3000); say(written=5000)',
+                'say(length=5000)',
+                'say(length=5000); write(4999); os.kill(os.getpid(), 9)'):
+            self.assertFails(code)
+
+    def test_its_words_are_told(self) -> None:
+        self.assertFails('say(length=5); say(error="read: bad disk")',
+                         'The mover failed: read: bad disk')
+        self.assertFails('say(length=5); raise ValueError("a fault")',
+                         'ValueError: a fault')
+
+    def test_mover_that_fails_before_it_knows_the_length(self) -> None:
+        for code, words in (('say(error="no such export")', 'no such export'),
+                            ('end(1)', 'crashed'),
+                            ('os.kill(os.getpid(), 9)', 'ended'),
+                            ('print("words", file=sys.stderr)', 'words')):
+            self.assertRaisesRegex(
+                exception.TransferFailed, words, self.stream, code)
+        # Those of other tests may go at any time.
+        self.assertLessEqual(
+            len(os.listdir('/proc/self/fd')), self.descriptors)
+
+    def test_program_that_is_not_there(self) -> None:
+        self.assertRaisesRegex(
+            exception.TransferFailed, '/none can not be run',
+            mover_stream.MoverStream, ['/none'])
+        self.assertEqual(
+            self.descriptors, len(os.listdir('/proc/self/fd')))
+
+    def test_nobody_reads_what_only_the_hash_counts_of(self) -> None:
+        stream = self.stream(
+            'say(length=9000000); write(9000000);'
+            'say(written=9000000, digest="abc")', discard=True)
+        stream.finish()
+        self.assertEqual('abc', stream.digest)
+        self.assertRaises(
+            exception.TransferFailed,
+            self.stream('say(length=9); end(1)', discard=True).finish)
+
+
+class TestGreenlets(base.TestCase):
+
+    def test_waiting_for_bytes_holds_up_no_greenlet(self) -> None:
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', EVENTLET, MOVER],
+            cwd=os.path.dirname(os.path.dirname(nova_snapshot_ext.__file__)),
+            stdout=subprocess.PIPE, text=True, check=True)
+        waits = [float(wait) for wait in done.stdout.split()]
+        self.assertEqual(2, len(waits))
+        for wait in waits:
+            self.assertLess(wait, 0.5, 'the hub stood still')
+
+
+class TestEnd(StreamTestCase):
+
+    def test_mover_ends_with_its_stream_and_nothing_is_left(self) -> None:
+        stream = self.stream('say(length=5); select.select([0], [], [])')
+        self.assertEqual(1, len(processes.having(f'--token={self.id()}')))
+        stream.close()
+        stream.close()
+        self.assertEqual([], processes.having(f'--token={self.id()}'))
+        self.assertEqual(
+            self.descriptors, len(os.listdir('/proc/self/fd')))
+
+    def test_mover_that_does_not_end_is_killed(self) -> None:
+        self.patch_name('nova_snapshot_ext.mover_stream._END_TIMEOUT_S', 0.1)
+        stream = self.stream('say(length=5); time.sleep(60)')
+        began = time.monotonic()
+        stream.close()
+        self.assertLess(time.monotonic() - began, 10)
+
+    def test_process_is_found_by_its_argument_and_ended(self) -> None:
+        stream = self.stream('say(length=5); time.sleep(60)')
+        argument = f'--token={self.id()}'
+        self.assertEqual([], processes.having(argument[:-1]))
+        processes.end(argument, 'mover')
+        self.assertEqual([], processes.having(argument))
+        self.assertRaises(exception.TransferFailed, stream.read)
+
+    def test_process_that_ignores_it_is_killed(self) -> None:
+        self.patch_name('nova_snapshot_ext.processes._KILL_AFTER_S', 0.2)
+        self.stream(
+            f'import signal; signal.signal({int(signal.SIGTERM)}, '
+            f'signal.SIG_IGN); say(length=5); time.sleep(60)')
+        processes.end(f'--token={self.id()}', 'mover')
+
+    def test_process_that_can_not_be_ended_is_an_error(self) -> None:
+        self.patch_name('nova_snapshot_ext.processes._END_TIMEOUT_S', 0.1)
+        self.patch_name('nova_snapshot_ext.processes.having',
+                        lambda argument: [2 ** 22 + 1])
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'The mover 7 does not end',
+            processes.end, '--token=7', 'mover 7')
+
+
+class TestInterpreter(base.TestCase):
+
+    def test_what_to_install_is_said(self) -> None:
+        # -I, so whatever a test environment has is not seen: this one here
+        # has no libnbd, or it can run the mover.
+        why = mover_stream.why_not(sys.executable)
+        if why is not None:
+            self.assertIn('install python3-libnbd', why)
+
+    def test_interpreter_that_is_none(self) -> None:
+        self.assertIn('/none can not be run',
+                      mover_stream.why_not('/none') or '')
+        self.assertIn('/bin/false can not run the mover',
+                      mover_stream.why_not('/bin/false') or '')

@@ -1,0 +1,190 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import sys
+import typing
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import image_bytes
+from nova_snapshot_ext import processes
+from nova_snapshot_ext.transfers import streamed
+from nova_snapshot_ext import undo
+from tests.unit import base
+
+#: a mover whose image is what a file says, with a word of how it was started
+MOVER = """\
+import hashlib, json, sys
+arguments = sys.argv[1:]
+with open({path!r}, 'rb') as file: image = file.read()
+with open({path!r} + '.log', 'a') as log: print(*arguments, file=log)
+def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
+say(length=len(image))
+sys.stdout.buffer.write(image)
+sys.stdout.buffer.flush()
+names = [a[9:] for a in arguments if a.startswith('--digest=')]
+say(written=len(image),
+    digest=hashlib.new(names[0], image).hexdigest() if names else None)
+"""
+
+
+class TestStreamed(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.transfer = streamed.StreamedTransfer()
+        self.disk = frozen.FrozenDisk('vda', 4096, '/run/a,b', 'vda')
+        self.log = self.new_log()
+        self.why: str | None = None
+        self.path = self.new_file('image', b'image')
+        self.patch_name('nova_snapshot_ext.mover_stream.command',
+                        self.command)
+        self.patch_name('nova_snapshot_ext.mover_stream.why_not',
+                        lambda python: self.why)
+
+    def command(self, python: str, *arguments: str) -> list[str]:
+        self.python = python
+        return [sys.executable, '-I', '-c', MOVER.format(path=self.path),
+                *arguments]
+
+    def started(self) -> list[list[str]]:
+        with open(f'{self.path}.log') as log:
+            return [line.split() for line in log]
+
+    def image(self, **changes: object) -> typing.ContextManager[
+            image_bytes.ImageBytes]:
+        return self.transfer.image(
+            self.disk, self.request(**changes), self.log)
+
+    def test_formats(self) -> None:
+        for image_format in ('qcow2', 'raw'):
+            self.assertIsNone(self.transfer.obstacle(
+                self.request(image_format=image_format)))
+        for image_format in ('vmdk', 'vdi', 'ploop', ''):
+            self.assertIn('only qcow2, raw', self.transfer.obstacle(
+                self.request(image_format=image_format)) or '')
+
+    def test_compression_is_an_obstacle(self) -> None:
+        self.assertIn('compress', self.transfer.obstacle(
+            self.request(compress=True)) or '')
+        self.assertIsNone(self.transfer.obstacle(
+            self.request(compress=True, image_format='raw')))
+
+    def test_disk_that_is_deleted_afterwards_is_an_obstacle(self) -> None:
+        request = self.request(only_copy=True)
+        self.assertIn('deleted', self.transfer.obstacle(request) or '')
+        self.patch_name('nova_snapshot_ext.transfers.streamed.'
+                        'SERVES_ONLY_COPIES', True)
+        self.assertIsNone(self.transfer.obstacle(request))
+
+    def test_interpreter_without_libnbd_is_an_obstacle(self) -> None:
+        self.why = 'install something'
+        self.assertEqual(
+            self.why, self.transfer.obstacle(self.request()))
+
+    def test_mover_is_told_what_to_read(self) -> None:
+        with self.image(mover_python='/opt/python', bandwidth=7,
+                        image_format='raw') as image:
+            image.open().read()
+        [arguments] = self.started()
+        self.assertEqual('/opt/python', self.python)
+        self.assertEqual(
+            ['--unix=/run/a,b', '--export=vda', '--format=raw',
+             '--bandwidth=7'], arguments[:-1])
+
+    def test_image_is_read_while_the_disk_is_frozen(self) -> None:
+        with self.image() as image:
+            self.assertFalse(image.independent)
+            self.assertEqual(5, image.length)
+            self.assertEqual(b'image', image.open().read())
+        self.assertEqual(1, len(self.started()), 'extents were read twice')
+
+    def test_each_attempt_is_a_new_mover_from_the_first_byte_on(
+            self) -> None:
+        with self.image() as image:
+            with image.open() as file:
+                self.assertEqual(b'im', file.read(2))
+            with image.open() as file:
+                self.assertEqual(b'image', file.read())
+        self.assertEqual(2, len(self.started()))
+
+    def test_length_is_that_of_the_attempt(self) -> None:
+        with self.image() as image:
+            image.open()
+            self.new_file('image', b'longer image')
+            self.assertEqual(b'longer image', image.open().read())
+            self.assertEqual(12, image.length)
+
+    def test_hash_is_computed_on_the_way_if_it_is_asked_for(self) -> None:
+        expected = ('6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917'
+                    'd7a43e3d')
+        with self.image() as image:
+            with image.open('sha256') as file:
+                file.read()
+            movers = len(self.started())
+            self.assertEqual(expected, image.digest('sha256'))
+            self.assertEqual(movers, len(self.started()))
+            with image.open() as file:
+                file.read()
+            self.assertEqual(expected, image.digest('sha256'))
+            self.assertEqual(movers + 2, len(self.started()))
+
+    def test_hash_of_another_image_is_none(self) -> None:
+        with self.image() as image:
+            with image.open() as file:
+                file.read()
+            self.new_file('image', b'longer image')
+            self.assertRaisesRegex(
+                exception.TransferFailed, 'can not be made again',
+                image.digest, 'sha256')
+
+    def test_unknown_hash_is_an_error(self) -> None:
+        with self.image() as image:
+            self.assertRaises(
+                exception.TransferFailed, image.digest, 'crc32')
+
+    def test_mover_is_in_the_log_before_it_is_started(self) -> None:
+        self.watch_flushes()
+        real = self.command
+
+        def command(python: str, *arguments: str) -> list[str]:
+            self.journal.append('start')
+            return real(python, *arguments)
+        self.patch_name('nova_snapshot_ext.mover_stream.command', command)
+        with self.image():
+            [pending] = undo.read(self.log.path).pending.values()
+        self.assertEqual(['flushed end_mover', 'start'], self.journal)
+        self.assertEqual('end_mover', pending.step)
+        [arguments] = self.started()
+        self.assertIn(f'--token={pending.arguments["token"]}', arguments)
+
+    def test_nothing_is_left(self) -> None:
+        with self.image() as image:
+            image.open().read(1)
+        token = self.started()[0][-1]
+        self.assertEqual([], processes.having(token))
+        self.assertEqual(0, self.log.pending)
+        self.assertEqual(0, self.transfer.staging_bytes(12345))
+
+    def test_undo_ends_the_mover_of_a_dead_owner(self) -> None:
+        self.patch_name('nova_snapshot_ext.mover_stream.command',
+                        lambda python, *arguments: [
+                            sys.executable, '-I', '-c',
+                            'import sys, time;'
+                            'print(\'{"length": 5}\', file=sys.stderr,'
+                            ' flush=True); time.sleep(60)', *arguments])
+        with self.image() as image:
+            [pending] = undo.read(self.log.path).pending.values()
+            for _ in range(2):
+                pending.run(undo.Surroundings(None, self.host))
+            self.assertRaises(
+                exception.TransferFailed, image.open().read)
