@@ -75,10 +75,17 @@ class Watch:
         self._lost = f'{self._directory}: {why}'
         LOG.warning('The backup job of %s is ended: %s', self._guest.name,
                     self._lost)
-        self._guest.end_backup()
-        # In this order: with the job there, it would be paused again.
-        if self._guest.is_paused_by_io_error():
-            self._guest.resume()
+        end_job(self._guest)
+
+
+def end_job(guest: guests.Guest) -> None:
+    """End a guest's backup job; the guest goes on if its scratch paused it.
+
+    In this order: with the job there, it would be paused again.
+    """
+    guest.end_backup()
+    if guest.is_paused_by_io_error():
+        guest.resume()
 
 
 @contextlib.contextmanager

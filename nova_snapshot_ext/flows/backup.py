@@ -45,7 +45,7 @@ def end_backup(around: undo.Surroundings, guest: guests.Guest,
     """End the backup job that exports on our socket, and no other."""
     if guest.state() is not guests.State.SHUTOFF and (
             guest.backup_socket() == socket):
-        guest.end_backup()
+        scratch.end_job(guest)
 
 
 class BackupFlow(base.Flow):
@@ -54,20 +54,8 @@ class BackupFlow(base.Flow):
 
     def obstacle(self, guest: guests.Guest, disks: base.Disks,
                  request: requests.Request) -> str | None:
-        state = guest.state()
-        if state not in (guests.State.RUNNING, guests.State.PAUSED):
-            return f'the guest is {state.value}'
-        # Looked for first: libvirt would let us wait for half a minute.
-        if guest.job_under_way():
-            return 'another job of the guest is under way'
-        for disk in disks:
-            if disk.kind not in ('file', 'block'):
-                return (f'{disk.target} is a {disk.kind} disk, not a file '
-                        f'or a block device')
-            job = guest.block_job(disk.target)
-            if job is not None:
-                return f'{disk.target} has a block job ({job.kind}) already'
-        return quiesce.obstacle(guest, request)
+        why = base.why_no_job_can_start(guest, disks)
+        return why or quiesce.obstacle(guest, request)
 
     @contextlib.contextmanager
     def freeze(

@@ -83,3 +83,24 @@ def why_not_readable(disks: Disks, below_top: bool = False) -> str | None:
                 return (f'user {os.getuid()} can not read {layer.path}, '
                         f'which {disk.target} is made of')
     return None
+
+
+def why_no_job_can_start(guest: guests.Guest, disks: Disks) -> str | None:
+    """Why no job of ours can be started on a guest's disks, None if one can.
+
+    Looked for first: libvirt would keep us waiting for half a minute where
+    another job holds the guest.
+    """
+    state = guest.state()
+    if state not in (guests.State.RUNNING, guests.State.PAUSED):
+        return f'the guest is {state.value}'
+    if guest.job_under_way():
+        return 'another job of the guest is under way'
+    for disk in disks:
+        if disk.kind not in ('file', 'block'):
+            return (f'{disk.target} is a {disk.kind} disk, not a file or a '
+                    f'block device')
+        job = guest.block_job(disk.target)
+        if job is not None:
+            return f'{disk.target} has a block job ({job.kind}) already'
+    return None

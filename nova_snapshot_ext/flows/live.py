@@ -63,19 +63,9 @@ class LiveFlow(base.Flow):
 
     def obstacle(self, guest: guests.Guest, disks: base.Disks,
                  request: requests.Request) -> str | None:
-        state = guest.state()
-        if state not in (guests.State.RUNNING, guests.State.PAUSED):
-            return f'the guest is {state.value}'
-        if guest.job_under_way():
-            return 'another job of the guest is under way'
-        why = base.why_not_readable(disks, below_top=True)
-        if why is not None:
-            return why
-        for disk in disks:
-            job = guest.block_job(disk.target)
-            if job is not None:
-                return f'{disk.target} has a block job ({job.kind}) already'
-        return quiesce.obstacle(guest, request)
+        return (base.why_no_job_can_start(guest, disks)
+                or base.why_not_readable(disks, below_top=True)
+                or quiesce.obstacle(guest, request))
 
     def staging_bytes(self, disk: disks_.Disk, capacity: int) -> int:
         top = disks_.chain_of(disk)[0]

@@ -177,3 +177,11 @@ class TestEndBackup(BackupTestCase):
         self.domain.gone()
         self.end('/ours')
         self.assertEqual([], self.journal)
+
+    def test_guest_that_its_scratch_paused_goes_on(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/ours'/></domainbackup>")
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
+                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        self.end('/ours')
+        self.assertEqual(['abortJob', 'resume'], self.journal)
