@@ -60,6 +60,38 @@ class Clusters:
         for cluster in range(rest, end):
             self._bits[cluster >> 3] |= 1 << (cluster & 7)
 
+    def unmark(self, offset: int) -> None:
+        """:param offset: of the first byte of a cluster"""
+        cluster = offset // CLUSTER
+        self._bits[cluster >> 3] &= ~(1 << (cluster & 7))
+
+    def marked(self) -> int:
+        """How many clusters hold data."""
+        return sum(map(self.marked_in, range(self.groups)))
+
+    def marked_of(self, offset: int, length: int) -> set[int]:
+        """The offset of each cluster in these bytes that holds data.
+
+        :param offset: of the first byte of a cluster
+        """
+        first = offset // CLUSTER
+        end = -(-(offset + length) // CLUSTER)
+        return {cluster * CLUSTER for cluster in range(first, end)
+                if self._bits[cluster >> 3] >> (cluster & 7) & 1}
+
+    def first_marked(self, offset: int, length: int) -> int | None:
+        """The offset of the first cluster in these bytes that holds data.
+
+        :param offset: a multiple of eight clusters, in bytes
+        :param length: likewise
+        """
+        eight = 8 * CLUSTER
+        bits = int.from_bytes(
+            self._bits[offset // eight:(offset + length) // eight], 'little')
+        if not bits:
+            return None
+        return offset + ((bits & -bits).bit_length() - 1) * CLUSTER
+
     def marked_in(self, group: int) -> int:
         """How many clusters of a group hold data."""
         return int.from_bytes(self._packed(group), 'little').bit_count()

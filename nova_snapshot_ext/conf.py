@@ -110,6 +110,38 @@ Possible values:
 * 0: as fast as it can be read and sent
 * a number of MiB per second, for each snapshot
 """),
+    cfg.IntOpt(
+        'guest_share',
+        default=80,
+        min=0,
+        max=99,
+        help="""
+How much of its speed a guest's disk keeps while the transfer ``streamed``
+reads it, in per cent.
+
+The time that the guest's own requests take, as libvirt's block statistics
+show it, is measured while nothing is read and while something is. Reading is
+slowed down when they take longer than this share allows, to 8 MiB a second at
+the least, and gets faster when they do not. The mover's processor time gives
+way too.
+
+Possible values:
+
+* 0: the snapshot comes first; it is read as fast as it can be sent
+* 1 to 99
+
+Related options:
+
+* ``bandwidth`` is a ceiling in any case
+"""),
+    cfg.IntOpt(
+        'read_timeout',
+        default=300,
+        min=1,
+        help="""
+Seconds in which whatever serves a frozen disk must answer a read of the
+transfer ``streamed``. The snapshot fails otherwise.
+"""),
     cfg.StrOpt(
         'image_service',
         default='glance',

@@ -284,7 +284,9 @@ class SnapshotLibvirtDriver(
             disabled_flows=disabled,
             only_copy=_disk_is_deleted(instance),
             mover_python=CONF.snapshot_ext.mover_python,
-            bandwidth=CONF.snapshot_ext.bandwidth)
+            bandwidth=CONF.snapshot_ext.bandwidth,
+            guest_share=CONF.snapshot_ext.guest_share,
+            read_timeout=CONF.snapshot_ext.read_timeout)
 
     def _description(self, instance: objects.Instance,
                      image: dict[str, typing.Any],

@@ -55,6 +55,13 @@ _UNSAVABLE = {
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
 _JOB_END_TIMEOUT_S = 30.0
+# Of virDomainBlockStatsFlags: numbers, and nanoseconds.
+_COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
+              libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_REQ,
+              libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_REQ)
+_TOOK_NS = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_TOTAL_TIMES,
+            libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES,
+            libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_TOTAL_TIMES)
 
 
 Wrap = collections.abc.Callable[
@@ -100,6 +107,16 @@ class BlockJob:
     mirror: str
     #: both ends are equal and will be kept so
     ready: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class IoTimes:
+    """What a guest has asked of one of its disks since it was started."""
+
+    #: reads, writes and flushes that are complete
+    requests: int
+    #: how long they took, all together
+    seconds: float
 
 
 class Guest:
@@ -207,6 +224,14 @@ class Guest:
         with self._calling(f'Size of {target}'):
             size: int = self._domain.blockInfo(target)[0]
         return size
+
+    def io_times(self, target: str) -> IoTimes:
+        """How long its requests take; what others read does not count."""
+        with self._calling(f'Statistics of {target}'):
+            found = self._domain.blockStatsFlags(target, 0)
+        return IoTimes(
+            sum(found.get(name, 0) for name in _COMPLETED),
+            sum(found.get(name, 0) for name in _TOOK_NS) / 1e9)
 
     def qemu_gid(self) -> int | None:
         """The group that its QEMU runs as, None while it does not run.

@@ -25,8 +25,14 @@ to standard error, each line a JSON object:
 Lines that are no JSON are the words of a crash. The exit code is 0 after a
 complete image only.
 
-Standard input is the control pipe: when it closes, whoever wanted the image is
-dead, and so is the mover; likewise when nobody reads the output any more.
+Standard input is the control pipe. Each line that comes is a JSON object:
+
+``{"rest": N}``
+    leave the disk alone for this part of the time from now on, from 0 to less
+    than 1
+
+When it closes, whoever wanted the image is dead, and so is the mover; likewise
+when nobody reads the output any more.
 
 It runs in an interpreter that has libnbd's binding, which is the
 distribution's and not that of Nova's environment. So it imports the standard
@@ -47,6 +53,7 @@ import typing
 from nova_snapshot_ext import clusters as clusters_
 from nova_snapshot_ext import nbd
 from nova_snapshot_ext import qcow2
+from nova_snapshot_ext import tempo as tempos
 
 _ZEROES = memoryview(bytes(1024 ** 2))
 
@@ -138,20 +145,20 @@ def pieces(clusters: clusters_.Clusters,
             yield offset + done, min(nbd.REQUEST, length - done)
 
 
-def move(options: argparse.Namespace, output: Output,
+def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
          say: collections.abc.Callable[..., None]) -> None:
     """Write the image, and say what there is to say."""
-    export = nbd.Export(options.unix, options.export)
+    export = nbd.Export(options.unix, options.export, options.patience)
     if options.format == 'qcow2':
         # A size from hell must not take memory for its clusters first.
         qcow2.check_size(export.size)
     clusters = clusters_.Clusters(export.size)
     export.mark_data(clusters)
+    export.unmark_zeroes(clusters, tempo)
     image = FORMATS[options.format](clusters)
     say(length=image.length)
     image.write(
-        export.read(pieces(clusters), options.in_flight,
-                    options.bandwidth * 1024 ** 2), output)
+        export.read(pieces(clusters), options.in_flight, tempo), output)
     if output.written != image.length:
         raise nbd.NbdError(
             f'{output.written} bytes of {image.length} were written')
@@ -162,14 +169,21 @@ def _say(**words: object) -> None:
     print(json.dumps(words), file=sys.stderr, flush=True)
 
 
-def _die_alone() -> None:
-    """End the process when nobody wants its image any more."""
+def _obey(tempo: tempos.Tempo) -> None:
+    """Do what comes by the control pipe, until nobody wants the image."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN)
     # An error is reported unasked: nobody can read the pipe (poll(2)).
     poll.register(sys.stdout.fileno(), 0)
-    poll.poll()
-    os._exit(1)
+    words = b''
+    try:
+        while sys.stdout.fileno() not in dict(poll.poll()) and (
+                chunk := os.read(sys.stdin.fileno(), 4096)):
+            *lines, words = (words + chunk).split(b'\n')
+            for line in lines:
+                tempo.rest = json.loads(line)['rest']
+    finally:
+        os._exit(1)
 
 
 def _positive(text: str) -> int:
@@ -187,8 +201,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--format', required=True, choices=sorted(FORMATS))
     parser.add_argument('--in-flight', type=_positive, default=8,
                         help='reads that are under way at most')
-    parser.add_argument('--bandwidth', type=float, default=0,
-                        help='MiB a second that are read at most, 0 for all')
+    parser.add_argument('--bandwidth', type=int,
+                        help='bytes a second that are read at most')
+    parser.add_argument('--rest', type=float, default=0,
+                        help='part of the time in which the disk is left '
+                             'alone until the control pipe says otherwise')
+    parser.add_argument('--patience', type=_positive, default=300,
+                        help='seconds in which the server must show a sign '
+                             'of life')
+    parser.add_argument('--nice', type=int, default=0,
+                        help='how much others on the processors go first')
     parser.add_argument('--digest', help='say this hash of the image')
     parser.add_argument('--token', help='what the process is found by')
     return parser
@@ -199,8 +221,11 @@ def main() -> typing.NoReturn:
     code = 1
     try:
         options = _parser().parse_args()
-        threading.Thread(target=_die_alone, daemon=True).start()
-        move(options, Output(sys.stdout.fileno(), options.digest), _say)
+        os.nice(options.nice)
+        tempo = tempos.Tempo(options.bandwidth, options.rest)
+        threading.Thread(target=_obey, args=[tempo], daemon=True).start()
+        move(options, tempo, Output(sys.stdout.fileno(), options.digest),
+             _say)
         code = 0
     except SystemExit as error:
         code = typing.cast(int, error.code)

@@ -26,6 +26,7 @@ import io
 import json
 import os
 import subprocess
+import threading
 import typing
 
 from nova_snapshot_ext import exception
@@ -79,26 +80,40 @@ def why_not(python: str) -> str | None:
 class MoverStream(io.RawIOBase):
     """The image that one mover writes.
 
-    :ivar length: of the image, in bytes
+    :ivar length: of the image, in bytes, when :meth:`prepare` has returned
+    :ivar position: how many of them were read
     :ivar digest: the hash that was asked for, when all was read
     """
 
     def __init__(self, arguments: collections.abc.Sequence[str],
                  discard: bool = False) -> None:
-        """Start the mover, and wait until it knows the length.
+        """Start the mover.
 
         :param arguments: as :func:`command` gives them
         :param discard: let nobody have the image: only its hash counts
-        :raises TransferFailed: if it fails before that
+        :raises TransferFailed: if it can't be run
         """
         super().__init__()
+        self.length = 0
+        self.position = 0
         self.digest: str | None = None
-        self._position = 0
         self._words = ''
         self._open: list[int] = []
+        # Of what is open: another thread may write while it is closed.
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._start(arguments, discard)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self) -> None:
+        """Wait until the mover knows the length.
+
+        :raises TransferFailed: if it fails before that
+        """
+        try:
             self.length = int(self._next_words()['length'])
         except BaseException:
             self.close()
@@ -136,6 +151,17 @@ class MoverStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def rest(self, rest: float) -> None:
+        """Have the mover leave the disk alone for a part of the time.
+
+        :param rest: from 0 to less than 1, from now on
+        """
+        words = json.dumps({'rest': rest}).encode() + b'\n'
+        # It may have ended, well or not: that is for the reader to find.
+        with self._lock, contextlib.suppress(OSError):
+            if self._control in self._open:
+                os.write(self._control, words)
+
     def read(self, size: int = -1) -> bytes:
         """Some bytes, at most so many; none at the end only.
 
@@ -143,11 +169,11 @@ class MoverStream(io.RawIOBase):
         """
         if size < 0:
             return self.readall()
-        if not size or self._position == self.length:
+        if not size or self.position == self.length:
             return b''
         chunk = os.read(self._image, size)
-        self._position += len(chunk)
-        if not chunk or self._position >= self.length:
+        self.position += len(chunk)
+        if not chunk or self.position >= self.length:
             self._finish()
         return chunk
 
@@ -156,13 +182,13 @@ class MoverStream(io.RawIOBase):
 
         :raises TransferFailed: if it did not end well
         """
-        self._position = self.length
+        self.position = self.length
         self._finish()
 
     def _finish(self) -> None:
         """:raises TransferFailed: if the image is not what was announced"""
-        if self._position == self.length and os.read(self._image, 1):
-            self._position += 1
+        if self.position == self.length and os.read(self._image, 1):
+            self.position += 1
         said = self._next_words()
         self._drain()
         assert self._process is not None
@@ -170,10 +196,10 @@ class MoverStream(io.RawIOBase):
             code = self._process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired as error:
             raise self._failed('it does not end') from error
-        if code or self._position != self.length or (
+        if code or self.position != self.length or (
                 said.get('written') != self.length):
             raise self._failed(
-                f'it ended with {code} after {self._position} bytes of '
+                f'it ended with {code} after {self.position} bytes of '
                 f'{self.length}')
         self.digest = said.get('digest')
 
@@ -214,9 +240,10 @@ class MoverStream(io.RawIOBase):
         if self.closed:
             return
         super().close()
-        for descriptor in self._open:
-            os.close(descriptor)
-        self._open.clear()
+        with self._lock:
+            for descriptor in self._open:
+                os.close(descriptor)
+            self._open.clear()
         if self._process is None:
             return
         # It ends by itself: its control pipe is closed.

@@ -25,6 +25,7 @@ import time
 import nbd
 
 from nova_snapshot_ext import clusters as clusters_
+from nova_snapshot_ext import tempo as tempos
 
 #: bytes of a read; smaller ones cost a quarter of the speed, larger ones win
 #: nothing
@@ -38,6 +39,14 @@ _QUESTIONS = 2
 #: flight
 _SPARE_BUFFERS = 2
 
+#: where zeroes that are stored are looked for: a place in each so many bytes
+#: of the disk, and more bytes where there would be more places with data, or
+#: more without
+_PROBE_DISTANCE = 4 * 1024 ** 2
+_PROBES = 16 * 1024
+_WINDOWS = 1024 ** 2
+_ZEROES = bytes(clusters_.CLUSTER)
+
 #: offset and length in bytes
 Piece = tuple[int, int]
 
@@ -49,15 +58,23 @@ class NbdError(Exception):
 class Export:
     """A read-only connection to an export on a unix socket."""
 
-    def __init__(self, socket: str, name: str) -> None:
-        """:raises NbdError: if it can't be opened"""
+    def __init__(self, socket: str, name: str,
+                 patience_s: float = 300) -> None:
+        """:param patience_s: seconds in which a server that is asked must
+            show some sign of life
+
+        :raises NbdError: if it can't be opened
+        """
         self._nbd = nbd.NBD()
+        self._patience_s = patience_s
         try:
             self._nbd.set_export_name(name)
             self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
             # A failed read ends us: nobody sees what a buffer held before.
             self._nbd.set_pread_initialize(False)
-            self._nbd.connect_unix(socket)
+            self._nbd.aio_connect_unix(socket)
+            while self._nbd.aio_is_connecting():
+                self._wait()
             #: bytes
             self.size: int = self._nbd.get_size()
             self._has_extents: bool = self._nbd.can_meta_context(
@@ -91,7 +108,7 @@ class Export:
                     return
                 question = flight.popleft()
                 while not self._nbd.aio_command_completed(question.cookie):
-                    self._nbd.poll(-1)
+                    self._wait()
                 if question.position < question.end:
                     flight.append(question.rest())
         except nbd.Error as error:
@@ -99,20 +116,118 @@ class Export:
                 f'The server does not say where there is data: '
                 f'{error}') from error
 
+    def unmark_zeroes(self, clusters: clusters_.Clusters,
+                      tempo: tempos.Tempo) -> None:
+        """Find zeroes that are stored as data, and unmark their clusters.
+
+        Only long stretches of them, as in a base image that was written
+        whole: one cluster here and there is looked at, and what is around it
+        if that holds zeroes. To read everything twice would take longer than
+        it could save.
+
+        :raises NbdError: if a read fails
+        """
+        reach = 0
+        for offset in _probes(clusters):
+            if offset >= reach and self._unmark(
+                    clusters, (offset, clusters_.CLUSTER), tempo):
+                self._unmark_backward(clusters, offset, tempo)
+                reach = self._unmark_forward(clusters, offset, tempo)
+
+    def _unmark_backward(self, clusters: clusters_.Clusters, offset: int,
+                         tempo: tempos.Tempo) -> None:
+        while offset > 0:
+            piece = max(0, offset - REQUEST), min(REQUEST, offset)
+            if not self._unmark(clusters, piece, tempo):
+                return
+            offset -= REQUEST
+
+    def _unmark_forward(self, clusters: clusters_.Clusters, offset: int,
+                        tempo: tempos.Tempo) -> int:
+        """:returns: up to where it was looked"""
+        offset += clusters_.CLUSTER
+        while offset < self.size:
+            if not self._unmark(clusters, (offset, REQUEST), tempo):
+                break
+            offset += REQUEST
+        return offset
+
+    def _unmark(self, clusters: clusters_.Clusters, piece: Piece,
+                tempo: tempos.Tempo) -> bool:
+        """:returns: whether half of what is stored there were zeroes"""
+        offset, length = piece
+        length = min(length, self.size - offset)
+        stored = clusters.marked_of(offset, length)
+        if not stored:
+            return False
+        zeroes = stored & set(self._zeroes_at(offset, length, tempo))
+        for offset in zeroes:
+            clusters.unmark(offset)
+        return 2 * len(zeroes) >= len(stored)
+
+    def _zeroes_at(self, offset: int, length: int,
+                   tempo: tempos.Tempo) -> list[int]:
+        """Where clusters of zeroes begin in these bytes.
+
+        The last cluster of a disk, if it is cut off, counts as data.
+        """
+        time.sleep(tempo.wait_s())
+        began = time.monotonic()
+        tempo.sent(length)
+        content = bytearray(length)
+        try:
+            cookie = self._nbd.aio_pread(
+                nbd.Buffer.from_buffer(memoryview(content)), offset)
+            while not self._nbd.aio_command_completed(cookie):
+                self._wait()
+        except nbd.Error as error:
+            raise _read_failed(error) from error
+        tempo.answered(time.monotonic() - began)
+        return [offset + at for at in range(0, length, clusters_.CLUSTER)
+                if content.startswith(_ZEROES, at)]
+
     def read(self, pieces: collections.abc.Iterable[Piece], in_flight: int,
-             bandwidth: float = 0,
+             tempo: tempos.Tempo,
              ) -> collections.abc.Iterator[tuple[int, memoryview]]:
         """Read pieces of at most REQUEST bytes, in their order.
 
         :param in_flight: how many requests are under way at most
-        :param bandwidth: bytes a second that are read at most, 0 for all
         :returns: offset and bytes of each piece. The bytes stay valid until
             the next ones are asked for.
         :raises NbdError: if a read fails
         """
-        pipeline = _Pipeline(self._nbd, iter(pieces), in_flight, bandwidth)
+        pipeline = _Pipeline(
+            self._nbd, iter(pieces), in_flight, tempo, self._wait)
         pipeline.start()
         return pipeline.results()
+
+    def _wait(self, most_s: float | None = None) -> None:
+        """Let the connection go on.
+
+        :param most_s: come back after so many seconds at the latest
+        :raises NbdError: if the server gives no sign of life
+        """
+        if most_s is not None and most_s < self._patience_s:
+            self._nbd.poll(int(most_s * 1000) + 1)
+        elif not self._nbd.poll(int(self._patience_s * 1000)):
+            raise NbdError(f'The server has not answered for '
+                           f'{self._patience_s:.0f} s')
+
+
+def _read_failed(error: Exception) -> NbdError:
+    return NbdError(f'A read failed: {error}')
+
+
+def _probes(clusters: clusters_.Clusters) -> collections.abc.Iterator[int]:
+    """Offsets of clusters that hold data, far apart from each other."""
+    data = clusters.marked() * clusters_.CLUSTER
+    distance = _PROBE_DISTANCE * max(
+        1, -(-data // (_PROBES * _PROBE_DISTANCE)),
+        -(-clusters.size // (_WINDOWS * _PROBE_DISTANCE)))
+    for offset in range(0, clusters.size, distance):
+        found = clusters.first_marked(offset, distance)
+        if found is not None:
+            yield found
 
 
 class _Question:
@@ -179,14 +294,19 @@ class _Pipeline(threading.Thread):
     out of our memory go on at the same time.
     """
 
-    def __init__(self, handle: nbd.NBD, pieces: collections.abc.Iterator[
-            Piece], in_flight: int, bandwidth: float) -> None:
+    def __init__(self, handle: nbd.NBD,
+                 pieces: collections.abc.Iterator[Piece], in_flight: int,
+                 tempo: tempos.Tempo,
+                 wait: collections.abc.Callable[[float | None], None],
+                 ) -> None:
         super().__init__(daemon=True)
         self._nbd = handle
         self._pieces = pieces
         self._in_flight = in_flight
-        self._bandwidth = bandwidth
-        self._due = time.monotonic()
+        self._tempo = tempo
+        self._burst = 0
+        self._burst_began = 0.0
+        self._wait = wait
         self._flight: collections.deque[_Buffer] = collections.deque()
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[_Buffer | Exception | None] = (
@@ -197,7 +317,7 @@ class _Pipeline(threading.Thread):
     def results(self) -> collections.abc.Iterator[tuple[int, memoryview]]:
         while (result := self._read.get()) is not None:
             if isinstance(result, Exception):
-                raise NbdError(f'A read failed: {result}') from result
+                raise _read_failed(result) from result
             yield result.piece[0], result.view
             self._free.put(result)
 
@@ -211,31 +331,32 @@ class _Pipeline(threading.Thread):
     def _run(self) -> None:
         piece = next(self._pieces, None)
         while piece is not None or self._flight:
-            wait_s = self._due - time.monotonic()
-            if piece is not None and wait_s <= 0 and self._send(piece):
+            wait_s = self._tempo.wait_s()
+            if piece is not None and not wait_s and self._send(piece):
                 piece = next(self._pieces, None)
-                continue
-            if self._flight:
+            elif self._flight:
                 self._receive(wait_s if piece is not None else 0)
             else:
-                time.sleep(max(wait_s, 0))
+                time.sleep(wait_s)
 
     def _send(self, piece: Piece) -> bool:
-        """:returns: whether it could be: a buffer was free"""
-        if len(self._flight) >= self._in_flight:
+        """:returns: whether it could be: it may, and a buffer was free"""
+        if len(self._flight) >= self._in_flight or (
+                # All of these are answered before there can be a rest.
+                self._tempo.rest and self._burst >= self._in_flight):
             return False
         try:
             buffer = self._free.get(block=not self._flight)
         except queue.Empty:
             return False
+        if not self._flight:
+            self._burst_began = time.monotonic()
         buffer.piece = piece
         buffer.cookie = self._nbd.aio_pread(
             nbd.Buffer.from_buffer(buffer.view), piece[0])
         self._flight.append(buffer)
-        if self._bandwidth:
-            # What was not used of it before is not made up for.
-            self._due = (max(self._due, time.monotonic())
-                         + piece[1] / self._bandwidth)
+        self._burst += 1
+        self._tempo.sent(piece[1])
         return True
 
     def _receive(self, wait_s: float) -> None:
@@ -243,7 +364,10 @@ class _Pipeline(threading.Thread):
 
         :param wait_s: for so long at most, if it is more than 0
         """
-        if self._nbd.aio_command_completed(self._flight[0].cookie):
-            self._read.put(self._flight.popleft())
-        else:
-            self._nbd.poll(int(wait_s * 1000) + 1 if wait_s > 0 else -1)
+        if not self._nbd.aio_command_completed(self._flight[0].cookie):
+            self._wait(wait_s or None)
+            return
+        self._read.put(self._flight.popleft())
+        if not self._flight:
+            self._burst = 0
+            self._tempo.answered(time.monotonic() - self._burst_began)

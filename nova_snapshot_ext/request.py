@@ -67,3 +67,8 @@ class Request:
     mover_python: str = '/usr/bin/python3'
     #: MiB a second that are read of a guest's disk at most, 0 for all
     bandwidth: int = 0
+    #: per cent of its speed that the guest's disk keeps meanwhile, 0 if the
+    #: snapshot comes first
+    guest_share: int = 0
+    #: seconds in which whatever serves a frozen disk must answer
+    read_timeout: int = 300

@@ -197,6 +197,8 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         convert_timeout=configuration.convert_timeout,
         mover_python=configuration.mover_python,
         bandwidth=configuration.bandwidth,
+        guest_share=configuration.guest_share,
+        read_timeout=configuration.read_timeout,
         may_stop=options.force or not guest.belongs_to_nova())
 
 

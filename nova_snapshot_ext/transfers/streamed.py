@@ -25,12 +25,17 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import mover_stream
+from nova_snapshot_ext import pace
 from nova_snapshot_ext import processes
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext.transfers import base
 from nova_snapshot_ext import undo
 
 FORMATS = ('qcow2', 'raw')
+
+#: how much the guest's processors go before a mover's, where the guest keeps
+#: a share (nice(2))
+_NICE = 10
 
 #: Whether it also serves where the disk is deleted afterwards, so that the
 #: image is all that is left: when hundreds of random disks were compared bit
@@ -53,25 +58,42 @@ class StreamedImage(image_bytes.ImageBytes):
 
     independent = False
 
-    def __init__(self, arguments: collections.abc.Sequence[str]) -> None:
+    def __init__(self, arguments: collections.abc.Sequence[str],
+                 rest: float) -> None:
         """:param arguments: what starts a mover
+
+        :param rest: part of the time in which it leaves the disk alone, see
+            :meth:`rest`
+        """
+        self._arguments = list(arguments)
+        self._rest = rest
+        self._waiting: mover_stream.MoverStream | None = None
+        self._last: mover_stream.MoverStream | None = None
+        self._algorithm: str | None = None
+
+    def prepare(self) -> None:
+        """Find out about the length.
+
+        It waits for whoever opens first, so that extents are read once.
 
         :raises TransferFailed: if the disk can't be read
         """
-        self._arguments = list(arguments)
-        # Its length is asked for before its bytes are: it waits for whoever
-        # opens first, so that extents are read once.
-        self._waiting: mover_stream.MoverStream | None = self._start(None)
-        self._last = self._waiting
-        self._algorithm: str | None = None
+        self._waiting = self._start(None)
         self.length = self._waiting.length
+
+    def rest(self, rest: float) -> None:
+        """Leave the disk alone for another part of the time from now on.
+
+        :param rest: from 0 to less than 1
+        """
+        self._rest = rest
+        if self._last is not None:
+            self._last.rest(rest)
 
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         stream, self._waiting = self._waiting, None
         if stream is None or algorithm is not None:
-            self._last.close()
             stream = self._start(algorithm)
-        self._last = stream
         self._algorithm = algorithm
         # What the server knows of holes may change while the disk is frozen
         # (never what is in it), and so the image that is made of it.
@@ -79,27 +101,33 @@ class StreamedImage(image_bytes.ImageBytes):
         return typing.cast(typing.BinaryIO, stream)
 
     def digest(self, algorithm: str) -> str:
-        if algorithm == self._algorithm and self._last.digest is not None:
-            return self._last.digest
-        with self._start(algorithm, discard=True) as stream:
-            if stream.length != self.length:
+        if algorithm != self._algorithm or self._last is None or (
+                self._last.digest is None):
+            length = self.length
+            stream = self._start(algorithm, discard=True)
+            if stream.length != length:
                 raise exception.TransferFailed(
-                    f'The image of {self.length} bytes can not be made again '
-                    f'to compute its {algorithm}: it has {stream.length} now')
+                    f'The image of {length} bytes can not be made again to '
+                    f'compute its {algorithm}: it has {stream.length} now')
             stream.finish()
-            assert stream.digest is not None
-            return stream.digest
+            self._algorithm = algorithm
+        assert self._last is not None and self._last.digest is not None
+        return self._last.digest
 
     def close(self) -> None:
         """End the mover, if one is left."""
-        self._last.close()
+        if self._last is not None:
+            self._last.close()
 
     def _start(self, algorithm: str | None,
                discard: bool = False) -> mover_stream.MoverStream:
-        arguments = list(self._arguments)
+        self.close()
+        arguments = [*self._arguments, f'--rest={self._rest}']
         if algorithm is not None:
             arguments.append(f'--digest={algorithm}')
-        return mover_stream.MoverStream(arguments, discard)
+        self._last = mover_stream.MoverStream(arguments, discard)
+        self._last.prepare()
+        return self._last
 
 
 class StreamedTransfer(base.Transfer):
@@ -123,12 +151,25 @@ class StreamedTransfer(base.Transfer):
             self, disk: frozen.FrozenDisk, request: requests.Request,
             log: undo.UndoLog,
     ) -> collections.abc.Iterator[image_bytes.ImageBytes]:
-        with log.scope():
+        guest = log.surroundings.guest if request.guest_share else None
+        share = request.guest_share / 100
+        with log.scope(), contextlib.ExitStack() as stack:
             token = secrets.token_hex(8)
             log.push(end_mover, token=token)
-            image = StreamedImage(mover_stream.command(
-                request.mover_python, f'--unix={disk.socket}',
-                f'--export={disk.export}', f'--format={request.image_format}',
-                f'--bandwidth={request.bandwidth}', f'--token={token}'))
-            with contextlib.closing(image):
-                yield image
+            arguments = [
+                f'--unix={disk.socket}', f'--export={disk.export}',
+                f'--format={request.image_format}',
+                f'--patience={request.read_timeout}',
+                f'--nice={0 if guest is None else _NICE}',
+                f'--token={token}']
+            if request.bandwidth:
+                arguments.append(
+                    f'--bandwidth={request.bandwidth * 1024 ** 2}')
+            image = stack.enter_context(contextlib.closing(StreamedImage(
+                mover_stream.command(request.mover_python, *arguments),
+                share)))
+            if guest is not None:
+                stack.enter_context(
+                    pace.kept(guest, disk.target, share, image.rest))
+            image.prepare()
+            yield image

@@ -23,6 +23,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import time
 import typing as ty
 
@@ -194,11 +195,20 @@ class TestImages(StreamedTestCase):
         self.assertEqual([*range(16), 640], sorted(parsed.where))
 
     def test_server_that_knows_no_extents(self):
-        path = self.sparse(10 * MIB, (5 * MIB, 100))
+        path = self.sparse(10 * MIB, (0, 10 * MIB))
         export = self.useFixture(nbd_servers.Nbdkit(
             '--filter=noextents', 'file', path))
         parsed = self.assert_good(export, self.stream(export))
         self.assertEqual(160, len(parsed.where))
+
+    def test_zeroes_that_are_stored_take_no_room(self):
+        # As a base image that was written whole.
+        path = self.directory / 'disk'
+        path.write_bytes(os.urandom(20 * MIB) + bytes(100 * MIB)
+                         + os.urandom(5 * MIB) + bytes(10 * MIB + 512))
+        export = self.useFixture(nbd_servers.QemuNbd(path))
+        parsed = self.assert_good(export, self.stream(export))
+        self.assertLess(len(parsed.where), 16 * (25 + 5))
 
     def test_any_second_cluster_of_a_disk(self):
         export = self.useFixture(nbd_servers.Alternating('1G'))
@@ -208,14 +218,21 @@ class TestImages(StreamedTestCase):
 
 class TestFaults(StreamedTestCase):
 
+    def stop(self, export: nbd_servers.Export) -> None:
+        """Have a server answer no more, and its sockets stay open."""
+        export.process.send_signal(signal.SIGSTOP)
+
     def test_read_error_is_no_end_of_the_image(self):
         for image_format in streamed.FORMATS:
             # Each has its own: nbdkit 1.32 can die of a client that goes.
+            bad = self.directory / f'bad.{image_format}'
             export = self.useFixture(nbd_servers.Nbdkit(
                 '--filter=error', 'pattern', 'size=64M', 'error-pread=EIO',
-                'error-pread-rate=20%'))
+                'error-pread-rate=100%', f'error-pread-file={bad}'))
             with self.image(export, image_format=image_format) as image:
                 with image.open() as file:
+                    file.read(MIB)
+                    bad.touch()
                     error = self.assertRaises(
                         exception.TransferFailed, file.read)
             self.assertIn('error', str(error))
@@ -228,6 +245,23 @@ class TestFaults(StreamedTestCase):
                 file.read(MIB)
                 export.process.kill()
                 self.assertRaises(exception.TransferFailed, file.read)
+
+    def test_server_that_hangs_is_not_waited_for_without_end(self):
+        disk = self.directory / 'disk'
+        disk.write_bytes(os.urandom(64 * MIB))
+        export = self.useFixture(nbd_servers.QemuNbd(disk))
+        with self.image(export, read_timeout=2) as image:
+            with image.open() as file:
+                file.read(MIB)
+                self.stop(export)
+                error = self.assertRaises(
+                    exception.TransferFailed, file.read)
+        self.assertIn('has not answered for 2 s', str(error))
+        # One that hangs from the start.
+        with testtools.ExpectedException(
+                exception.TransferFailed, '.*has not answered.*'):
+            with self.image(export, read_timeout=2):
+                pass
 
     def test_image_can_be_opened_again_after_a_broken_upload(self):
         disk = self.directory / 'disk'
@@ -242,10 +276,10 @@ class TestFaults(StreamedTestCase):
         self.assert_good(export, path)
 
     def test_mover_ends_when_nobody_reads(self):
-        export = self.useFixture(nbd_servers.Nbdkit(
-            '--filter=delay', 'pattern', 'size=8M', 'delay-read=3600'))
+        export = self.useFixture(nbd_servers.Nbdkit('pattern', 'size=64M'))
         with self.image(export) as image:
             stream = image.open()
+            self.stop(export)
             [pid] = processes.having(f'--unix={export.socket}')
             began = time.monotonic()
             # As when whoever read the pipe is gone.
@@ -256,10 +290,10 @@ class TestFaults(StreamedTestCase):
                 time.sleep(0.02)
 
     def test_mover_ends_with_its_owner(self):
-        export = self.useFixture(nbd_servers.Nbdkit(
-            '--filter=delay', 'pattern', 'size=8M', 'delay-read=3600'))
+        export = self.useFixture(nbd_servers.Nbdkit('pattern', 'size=64M'))
         with self.image(export) as image:
             stream = image.open()
+            self.stop(export)
             [pid] = processes.having(f'--unix={export.socket}')
             began = time.monotonic()
             os.close(stream._control)
@@ -286,7 +320,7 @@ class TestFaults(StreamedTestCase):
                 if name.startswith('nova_snapshot_ext.')}
         self.assertEqual(
             {f'nova_snapshot_ext.{name}'
-             for name in ('mover', 'nbd', 'qcow2', 'clusters')}, ours)
+             for name in ('mover', 'nbd', 'qcow2', 'clusters', 'tempo')}, ours)
         self.assertIsNone(re.search(r'\boslo|\bstevedore\b', found))
 
 

@@ -16,6 +16,7 @@ Reads are completed in another order than they were sent in.
 """
 
 import collections.abc
+import time
 import typing
 
 CONTEXT_BASE_ALLOCATION = 'base:allocation'
@@ -42,6 +43,8 @@ class Disk:
     :ivar extents: length and flags of each, up to the disk's end or beyond
     :ivar at_once: how many extents an answer has at most
     :ivar bad: reads of these offsets fail
+    :ivar answers_after_s: how long an answer takes
+    :ivar dumb: it gives no answer any more
     """
 
     def __init__(self, content: bytes,
@@ -53,6 +56,8 @@ class Disk:
         self.reads: list[tuple[int, int]] = []
         self.most_in_flight = 0
         self.refuses = False
+        self.dumb = False
+        self.answers_after_s = 0.0
 
 
 disk = Disk(b'', [])
@@ -74,9 +79,12 @@ class NBD:
     def set_pread_initialize(self, wanted: bool) -> None:
         pass
 
-    def connect_unix(self, path: str) -> None:
+    def aio_connect_unix(self, path: str) -> None:
         if disk.refuses:
             raise Error('refused')
+
+    def aio_is_connecting(self) -> bool:
+        return disk.dumb
 
     def get_size(self) -> int:
         return len(disk.content)
@@ -110,6 +118,9 @@ class NBD:
         return self._count
 
     def poll(self, timeout: int) -> int:
+        if disk.dumb:
+            return 0
+        time.sleep(disk.answers_after_s)
         cookie, buffer, offset = self._sent.pop()
         buffer.view[:] = disk.content[offset:offset + len(buffer.view)]
         self._done.add(cookie)

@@ -71,6 +71,34 @@ class TestClusters(base.TestCase):
             read += range(offset // CLUSTER, -(-end // CLUSTER))
         self.assertEqual(sorted(wanted), read)
 
+    @SETTINGS
+    @hypothesis.given(extents(), strategies.integers(0, 40),
+                      strategies.integers(1, 40))
+    def check_marked_within(
+            self, disk: tuple[int, list[tuple[int, int]]], start: int,
+            length: int) -> None:
+        size, found = disk
+        made = marked(size, found)
+        wanted = {number * CLUSTER for number, mark in enumerate(
+            b''.join(map(made.marks, range(made.groups)))) if mark}
+        self.assertEqual(len(wanted), made.marked())
+        eight = 8 * CLUSTER
+        within = {offset for offset in wanted if (
+            start * eight <= offset < (start + length) * eight)}
+        self.assertEqual(within, made.marked_of(
+            start * eight, min(length * eight, max(0, size - start * eight))))
+        self.assertEqual(min(within, default=None), made.first_marked(
+            start * eight, length * eight))
+        for offset in within:
+            made.unmark(offset)
+            made.unmark(offset)
+        self.assertEqual(len(wanted) - len(within), made.marked())
+        self.assertEqual(set(), made.marked_of(
+            start * eight, max(0, min(length * eight, size - start * eight))))
+
+    def test_clusters_are_found_and_unmarked(self) -> None:
+        self.check_marked_within()
+
     def test_marks_are_those_of_the_extents_and_runs_are_longest(
             self) -> None:
         self.check_marks_and_runs()

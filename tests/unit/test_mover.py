@@ -12,12 +12,15 @@
 
 import argparse
 import ast
+import collections.abc
+import contextlib
 import hashlib
 import io
 import json
 import os
 import random
 import sys
+import threading
 import time
 import typing
 from unittest import mock
@@ -27,6 +30,7 @@ from hypothesis import strategies
 
 import nova_snapshot_ext
 from nova_snapshot_ext import qcow2
+from nova_snapshot_ext import tempo as tempos
 from tests import qcow2 as independent
 from tests.unit import base
 from tests.unit import fake_libnbd
@@ -63,20 +67,31 @@ def disks(draw: strategies.DrawFn) -> fake_libnbd.Disk:
 class MoverTestCase(base.TestCase):
 
     def move(self, disk: fake_libnbd.Disk, image_format: str,
-             **options: object) -> bytes:
+             tempo: tempos.Tempo | None = None, **options: object) -> bytes:
         self.said: list[dict[str, typing.Any]] = []
         self.patch_name('tests.unit.fake_libnbd.disk', disk)
         path = os.path.join(self.directory, 'image')
         arguments = {'unix': '/s', 'export': 'vda', 'in_flight': 4,
-                     'bandwidth': 0, 'digest': 'sha256', **options}
+                     'patience': 60, 'digest': 'sha256', **options}
         with open(path, 'wb') as file:
             mover.move(
                 argparse.Namespace(format=image_format, **arguments),
-                mover.Output(
+                tempo or tempos.Tempo(), mover.Output(
                     file.fileno(), typing.cast(str, arguments['digest'])),
                 lambda **words: self.said.append(words))
         with open(path, 'rb') as file:
             return file.read()
+
+
+    @contextlib.contextmanager
+    def later(self, wait_s: float, call: collections.abc.Callable[[], None],
+              ) -> collections.abc.Iterator[None]:
+        timer = threading.Timer(wait_s, call)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
 
 
 class TestMove(MoverTestCase):
@@ -101,12 +116,14 @@ class TestMove(MoverTestCase):
         self.check_images()
 
     def test_holes_are_not_read(self) -> None:
-        disk = fake_libnbd.Disk(bytes(9 * MIB), [
-            (4 * MIB, HOLE), (65536, 0), (5 * MIB - 65536, HOLE)])
+        disk = fake_libnbd.Disk(
+            bytes(4 * MIB) + b'x' * 65536 + bytes(5 * MIB - 65536), [
+                (4 * MIB, HOLE), (65536, 0), (5 * MIB - 65536, HOLE)])
         for image_format in ('raw', 'qcow2'):
             disk.reads.clear()
             self.move(disk, image_format)
-            self.assertEqual([(4 * MIB, 65536)], disk.reads)
+            self.assertEqual([(4 * MIB, 65536)], disk.reads[-1:])
+            self.assertEqual({(4 * MIB, 65536)}, set(disk.reads))
 
     def test_hole_that_need_not_read_as_zeroes_is_read(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 512, [(512, fake_libnbd.STATE_HOLE)])
@@ -118,9 +135,11 @@ class TestMove(MoverTestCase):
         self.assertEqual(b'', self.move(fake_libnbd.Disk(b'', None), 'raw'))
 
     def test_requests_are_large_and_as_many_as_allowed(self) -> None:
-        disk = fake_libnbd.Disk(bytes(20 * MIB), [(20 * MIB, 0)])
+        disk = fake_libnbd.Disk(b'x' * 20 * MIB, [(20 * MIB, 0)])
         self.move(disk, 'raw', in_flight=8)
-        self.assertEqual([MIB] * 20, [length for _, length in disk.reads])
+        self.assertEqual([nbd.REQUEST] * (20 * MIB // nbd.REQUEST),
+                         [length for _, length in disk.reads
+                          if length > 65536])
         self.assertEqual(8, disk.most_in_flight)
 
     def test_read_that_fails_ends_the_image(self) -> None:
@@ -144,12 +163,42 @@ class TestMove(MoverTestCase):
         self.assertRaisesRegex(nbd.NbdError, 'vda of /s can not be opened',
                                self.move, disk, 'raw')
 
+    def test_server_that_does_not_answer_is_not_waited_for_without_end(
+            self) -> None:
+        disk = fake_libnbd.Disk(b'x' * MIB, [(MIB, 0)])
+        disk.dumb = True
+        self.assertRaisesRegex(nbd.NbdError, 'has not answered for 7 s',
+                               self.move, disk, 'raw', patience=7)
+
     def test_bandwidth_is_a_ceiling(self) -> None:
-        disk = fake_libnbd.Disk(bytes(8 * MIB), [(8 * MIB, 0)])
+        disk = fake_libnbd.Disk(b'x' * 8 * MIB, [(8 * MIB, 0)])
         began = time.monotonic()
-        self.move(disk, 'raw', bandwidth=10)
-        # The last request is sent when seven were paid for.
+        self.move(disk, 'raw', tempo=tempos.Tempo(10 * MIB))
+        # The last request is sent when those before were paid for.
         self.assertGreaterEqual(time.monotonic() - began, 0.7)
+
+    def test_disk_is_left_alone_for_a_part_of_the_time(self) -> None:
+        disk = fake_libnbd.Disk(b'x' * 16 * MIB, [(16 * MIB, 0)])
+        disk.answers_after_s = 0.01
+        took = []
+        for rest in (0.0, 0.75):
+            began = time.monotonic()
+            self.move(disk, 'raw', tempo=tempos.Tempo(rest=rest))
+            took.append(time.monotonic() - began)
+        self.assertGreaterEqual(took[1], took[0] * 2)
+
+    def test_rest_may_change_meanwhile(self) -> None:
+        disk = fake_libnbd.Disk(b'x' * 64 * MIB, [(64 * MIB, 0)])
+        disk.answers_after_s = 0.005
+        tempo = tempos.Tempo(rest=0.99)
+        began = time.monotonic()
+
+        def hurry() -> None:
+            tempo.rest = 0.0
+        with self.later(0.3, hurry):
+            self.move(disk, 'raw', tempo=tempo)
+        # Resting for 99 times as long as it reads would take half a minute.
+        self.assertLess(time.monotonic() - began, 10)
 
     def test_digest_is_said_only_if_it_is_asked_for(self) -> None:
         self.move(fake_libnbd.Disk(b'', []), 'raw', digest=None)
@@ -161,6 +210,56 @@ class TestMove(MoverTestCase):
                 return 2 ** 62
         self.assertRaises(qcow2.TooLarge, self.move,
                           fake_libnbd.Disk(Huge(), []), 'qcow2')
+
+
+class TestStoredZeroes(MoverTestCase):
+    """Zeroes that the server gives as data."""
+
+    def image_of(self, content: bytes) -> tuple[list[int], int]:
+        """:returns: the clusters that the image holds, and how many bytes
+            were read more than once
+        """
+        disk = fake_libnbd.Disk(content, [(len(content), 0)])
+        image = self.move(disk, 'qcow2')
+        parsed = independent.Parsed(io.BytesIO(image))
+        self.assertEqual(content, parsed.content()[:len(content)])
+        self.assertEqual(content, self.move(disk, 'raw'))
+        disk.reads.clear()
+        self.move(disk, 'qcow2')
+        read = sum(length for _, length in disk.reads)
+        return sorted(parsed.where), read - 65536 * len(parsed.where)
+
+    def test_long_stretches_take_no_room_in_the_image(self) -> None:
+        for start, length in ((0, 12), (3, 10), (5, 27), (20, 12)):
+            content = bytearray(b'x' * 32 * MIB)
+            content[start * MIB:(start + length) * MIB] = bytes(length * MIB)
+            stored, _ = self.image_of(bytes(content))
+            # A megabyte at either end may be left.
+            self.assertLessEqual(len(stored), (32 - length) * 16 + 2 * 16)
+            self.assertTrue({0, 511} - set(stored)
+                            if start in (0, 20) else stored)
+
+    def test_disk_of_zeroes_is_empty(self) -> None:
+        stored, _ = self.image_of(bytes(9 * MIB))
+        self.assertEqual([], stored)
+
+    def test_dense_data_are_read_once_and_a_little(self) -> None:
+        stored, again = self.image_of(b'x' * 32 * MIB)
+        self.assertEqual(512, len(stored))
+        self.assertLessEqual(again, 32 * MIB // 64)
+
+    def test_a_few_zeroes_do_not_have_all_read_twice(self) -> None:
+        content = bytearray(b'x' * 32 * MIB)
+        for offset in range(0, 32 * MIB, MIB):
+            content[offset:offset + 65536] = bytes(65536)
+        _, again = self.image_of(bytes(content))
+        self.assertLess(again, 32 * MIB * 0.7)
+
+    def test_read_that_fails_while_zeroes_are_looked_for(self) -> None:
+        disk = fake_libnbd.Disk(bytes(MIB), [(MIB, 0)])
+        disk.bad.add(0)
+        self.assertRaisesRegex(nbd.NbdError, 'Input/output error',
+                               self.move, disk, 'qcow2')
 
 
 class TestImports(base.TestCase):
@@ -186,7 +285,7 @@ class TestImports(base.TestCase):
                     left += {module} if module else {
                         each.name for each in node.names}
             left = [each for each in left if each not in seen]
-        self.assertEqual({'mover', 'nbd', 'qcow2', 'clusters'}, seen)
+        self.assertEqual({'mover', 'nbd', 'qcow2', 'clusters', 'tempo'}, seen)
 
 
 class TestWords(base.TestCase):

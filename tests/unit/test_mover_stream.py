@@ -57,6 +57,7 @@ stream = mover_stream.MoverStream([
     'time.sleep(1); say(length=5); write(4); sys.stdout.buffer.flush();'
     'time.sleep(1); write(1); sys.stdout.buffer.flush(); time.sleep(1);'
     'say(written=5); sys.stderr.flush(); os.close(2); time.sleep(1)'])
+stream.prepare()
 eventlet.sleep(0.1)
 print(longest)
 longest = 0
@@ -88,6 +89,7 @@ class StreamTestCase(base.TestCase):
             [sys.executable, '-I', '-c', MOVER, code,
              f'--token={self.id()}'], discard)
         self.addCleanup(made.close)
+        made.prepare()
         return made
 
     def assertFails(self, code: str, words: str = '') -> None:
@@ -172,6 +174,32 @@ class TestReading(StreamTestCase):
         self.assertRaises(
             exception.TransferFailed,
             self.stream('say(length=9); end(1)', discard=True).finish)
+
+
+class TestRest(StreamTestCase):
+
+    def test_mover_is_told(self) -> None:
+        stream = self.stream(
+            'say(length=5); lines = [sys.stdin.readline() for _ in "12"];'
+            'ok = [json.loads(line)["rest"] for line in lines] == [0.5, 0];'
+            'write(5) if ok else end(1); say(written=5)')
+        stream.rest(0.5)
+        stream.rest(0)
+        self.assertEqual(b'xxxxx', stream.read())
+
+    def test_mover_that_ended_is_told_nothing(self) -> None:
+        stream = self.stream('say(length=5); end(1)')
+        self.assertRaises(exception.TransferFailed, stream.read)
+        stream.rest(0.5)
+        stream.close()
+        # Its descriptors may be others by now.
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        self.addCleanup(os.close, write)
+        os.set_blocking(read, False)
+        stream._control = write
+        stream.rest(0.5)
+        self.assertRaises(BlockingIOError, os.read, read, 1)
 
 
 class TestGreenlets(base.TestCase):

@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import contextlib
 import sys
 import typing
 
@@ -92,14 +93,53 @@ class TestStreamed(base.TestCase):
             self.why, self.transfer.obstacle(self.request()))
 
     def test_mover_is_told_what_to_read(self) -> None:
-        with self.image(mover_python='/opt/python', bandwidth=7,
+        with self.image(mover_python='/opt/python', read_timeout=9,
                         image_format='raw') as image:
             image.open().read()
         [arguments] = self.started()
         self.assertEqual('/opt/python', self.python)
         self.assertEqual(
             ['--unix=/run/a,b', '--export=vda', '--format=raw',
-             '--bandwidth=7'], arguments[:-1])
+             '--patience=9', '--nice=0'], arguments[:5])
+
+    def test_bandwidth_holds_for_every_mover(self) -> None:
+        with self.image(bandwidth=7) as image:
+            image.open().read()
+            image.open().read()
+        self.assertEqual(2, len(self.started()))
+        for arguments in self.started():
+            self.assertIn(f'--bandwidth={7 * 1024 ** 2}', arguments)
+
+    def test_guest_that_keeps_a_share_sets_the_pace(self) -> None:
+        told = []
+        kept = []
+        self.patch_name('nova_snapshot_ext.mover_stream.MoverStream.rest',
+                        lambda stream, rest: told.append(rest))
+
+        @contextlib.contextmanager
+        def keep(*arguments):
+            kept.append(arguments)
+            yield
+        self.patch_name('nova_snapshot_ext.pace.kept', keep)
+        with self.image(guest_share=80) as image:
+            self.assertEqual((self.guest, 'vda', 0.8), kept[0][:3])
+            image.open().read()
+            kept[0][-1](0.5)
+            image.open().read()
+        self.assertEqual([0.5], told)
+        # Until the guest was looked at it has all that it may have; the next
+        # attempt goes on at the pace that was found.
+        for rest, arguments in zip(('0.8', '0.5'), self.started()):
+            self.assertIn(f'--rest={rest}', arguments)
+            self.assertIn('--nice=10', arguments)
+
+    def test_snapshot_that_comes_first_looks_at_no_guest(self) -> None:
+        self.patch_name('nova_snapshot_ext.pace.kept', None)
+        with self.image(guest_share=0) as image:
+            image.open().read()
+        [arguments] = self.started()
+        self.assertIn('--rest=0.0', arguments)
+        self.assertIn('--nice=0', arguments)
 
     def test_image_is_read_while_the_disk_is_frozen(self) -> None:
         with self.image() as image:
@@ -170,7 +210,8 @@ class TestStreamed(base.TestCase):
     def test_nothing_is_left(self) -> None:
         with self.image() as image:
             image.open().read(1)
-        token = self.started()[0][-1]
+        [token] = [word for word in self.started()[0]
+                   if word.startswith('--token=')]
         self.assertEqual([], processes.having(token))
         self.assertEqual(0, self.log.pending)
         self.assertEqual(0, self.transfer.staging_bytes(12345))
