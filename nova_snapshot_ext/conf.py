@@ -119,11 +119,10 @@ Possible values:
 How much of its speed a guest's disk keeps while the transfer ``streamed``
 reads it, in per cent.
 
-The time that the guest's own requests take, as libvirt's block statistics
-show it, is measured while nothing is read and while something is. Reading is
-slowed down when they take longer than this share allows, to 8 MiB a second at
-the least, and gets faster when they do not. The mover's processor time gives
-way too.
+libvirt's block statistics say for which part of the time the guest waits for
+its disk. Of that part this share is left to the guest alone: nothing is read
+then. A guest that does nothing costs the snapshot nothing. The mover gives way
+on the processors too.
 
 Possible values:
 

@@ -18,6 +18,8 @@ binding only.
 
 import collections
 import collections.abc
+import itertools
+import operator
 import queue
 import threading
 import time
@@ -67,6 +69,7 @@ class Export:
         """
         self._nbd = nbd.NBD()
         self._patience_s = patience_s
+        self._looked_at = _Buffer()
         try:
             self._nbd.set_export_name(name)
             self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -174,17 +177,15 @@ class Export:
         time.sleep(tempo.wait_s())
         began = time.monotonic()
         tempo.sent(length)
-        content = bytearray(length)
         try:
-            cookie = self._nbd.aio_pread(
-                nbd.Buffer.from_buffer(memoryview(content)), offset)
-            while not self._nbd.aio_command_completed(cookie):
+            self._looked_at.ask(self._nbd, (offset, length))
+            while not self._looked_at.is_filled(self._nbd):
                 self._wait()
         except nbd.Error as error:
             raise _read_failed(error) from error
         tempo.answered(time.monotonic() - began)
         return [offset + at for at in range(0, length, clusters_.CLUSTER)
-                if content.startswith(_ZEROES, at)]
+                if self._looked_at.content.startswith(_ZEROES, at, length)]
 
     def read(self, pieces: collections.abc.Iterable[Piece], in_flight: int,
              tempo: tempos.Tempo,
@@ -258,16 +259,18 @@ class _Question:
               error: object) -> int:
         if context != nbd.CONTEXT_BASE_ALLOCATION or start != self.position:
             return 0
-        position = start
-        end = self.end
+        # Lengths and flags in turn; millions of them at a time.
+        lengths = entries[::2]
+        data = map(nbd.STATE_ZERO.__and__, map(operator.invert, entries[1::2]))
+        *starts, position = itertools.accumulate(lengths, initial=start)
         mark = self._clusters.mark
-        # Lengths and flags in turn. The last extent may reach beyond what
-        # was asked for, and beyond the disk.
-        pairs = iter(entries)
-        for length, flags in zip(pairs, pairs, strict=True):
-            if not flags & nbd.STATE_ZERO and position < end:
-                mark(position, min(length, end - position))
-            position += length
+        end = self.end
+        for offset, length in itertools.compress(
+                zip(starts, lengths, strict=True), data):
+            # The last extent may reach beyond what was asked for, and beyond
+            # the disk.
+            if offset < end:
+                mark(offset, min(length, end - offset))
         self.position = position
         return 0
 
@@ -278,13 +281,26 @@ class _Buffer:
     """
 
     def __init__(self) -> None:
-        self.memory = memoryview(bytearray(REQUEST))
-        self.piece = (0, 0)
-        self.cookie = 0
+        self.content = bytearray(REQUEST)
+        self._views: dict[int, tuple[memoryview, nbd.Buffer]] = {}
+        self.offset = 0
+        self.view = memoryview(self.content)
+        self._cookie = 0
 
-    @property
-    def view(self) -> memoryview:
-        return self.memory[:self.piece[1]]
+    def ask(self, handle: nbd.NBD, piece: Piece) -> None:
+        """Have a piece read into it."""
+        self.offset, length = piece
+        if length not in self._views:
+            # Each Buffer that is read into is never freed, with what it is
+            # made of (libnbd 1.14): so there are few, one of each length.
+            view = memoryview(self.content)[:length]
+            self._views[length] = view, nbd.Buffer.from_buffer(view)
+        self.view, target = self._views[length]
+        self._cookie = handle.aio_pread(target, self.offset)
+
+    def is_filled(self, handle: nbd.NBD) -> bool:
+        """:raises nbd.Error: if the read failed"""
+        return bool(handle.aio_command_completed(self._cookie))
 
 
 class _Pipeline(threading.Thread):
@@ -318,7 +334,7 @@ class _Pipeline(threading.Thread):
         while (result := self._read.get()) is not None:
             if isinstance(result, Exception):
                 raise _read_failed(result) from result
-            yield result.piece[0], result.view
+            yield result.offset, result.view
             self._free.put(result)
 
     def run(self) -> None:
@@ -351,9 +367,7 @@ class _Pipeline(threading.Thread):
             return False
         if not self._flight:
             self._burst_began = time.monotonic()
-        buffer.piece = piece
-        buffer.cookie = self._nbd.aio_pread(
-            nbd.Buffer.from_buffer(buffer.view), piece[0])
+        buffer.ask(self._nbd, piece)
         self._flight.append(buffer)
         self._burst += 1
         self._tempo.sent(piece[1])
@@ -364,7 +378,7 @@ class _Pipeline(threading.Thread):
 
         :param wait_s: for so long at most, if it is more than 0
         """
-        if not self._nbd.aio_command_completed(self._flight[0].cookie):
+        if not self._flight[0].is_filled(self._nbd):
             self._wait(wait_s or None)
             return
         self._read.put(self._flight.popleft())

@@ -82,7 +82,6 @@ class MoverTestCase(base.TestCase):
         with open(path, 'rb') as file:
             return file.read()
 
-
     @contextlib.contextmanager
     def later(self, wait_s: float, call: collections.abc.Callable[[], None],
               ) -> collections.abc.Iterator[None]:
