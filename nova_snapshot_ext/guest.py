@@ -70,6 +70,11 @@ class LibvirtError(exception.SnapshotError):
         super().__init__(f'{what}: {error.get_error_message()}')
         self.code: int = error.get_error_code()
 
+    @property
+    def agent_is_silent(self) -> bool:
+        """Whether it is that the guest agent did not answer."""
+        return self.code in _AGENT_SILENT
+
 
 class State(enum.Enum):
     """A domain's state, as far as a snapshot has to tell them apart."""
@@ -88,6 +93,14 @@ _STATES = {
     libvirt.VIR_DOMAIN_SHUTOFF: State.SHUTOFF,
     libvirt.VIR_DOMAIN_CRASHED: State.SHUTOFF,
 }
+
+
+# What libvirt says where a guest agent did not answer, in the releases that
+# know the code. All else is an answer, or was never asked.
+_AGENT_SILENT = {
+    getattr(libvirt, name, None)
+    for name in ('VIR_ERR_AGENT_UNRESPONSIVE', 'VIR_ERR_AGENT_UNSYNCED',
+                 'VIR_ERR_AGENT_COMMAND_TIMEOUT')}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,11 @@ import pathlib
 import stat
 import time
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
@@ -84,6 +86,27 @@ class BackupTest(test_flows.SnapshotTestCase):
         counters = images.check_filesystems_point_in_time(
             [image], must_be_clean=True)
         self.assertTrue(before <= counters[0][0] <= guest.counter() + 1)
+        self.assert_whole(guest)
+
+    def test_guest_that_thaws_first_is_crash_consistent(self):
+        guest = self.guest(guests.Disk('overlay'), mode='fs', agent=True)
+        guest.wait_agent()
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        another = connection.lookupByUUIDString(guest.uuid)
+        begin = our_guests.Guest.begin_backup
+
+        def thawed(ours, description):
+            another.fsThaw()
+            begin(ours, description)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.guest.Guest.begin_backup', thawed))
+        result, _ = self.take(guest, 'backup')
+        self.assertEqual('crash', result.consistency.value)
+        error = self.assertRaises(
+            exception.FreezeFailed, self.take, guest, 'backup', 'second',
+            quiesce=requests.Quiesce.REQUIRED)
+        self.assertIn('0 still were', str(error))
         self.assert_whole(guest)
 
     def test_foreign_backup_is_an_obstacle_and_goes_on(self):
