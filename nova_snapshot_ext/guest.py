@@ -95,6 +95,18 @@ _STATES = {
 }
 
 
+_OPERATIONS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE: 'restore',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: 'migration',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: 'migration',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: 'dump',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: 'backup',
+}
 # What libvirt says where a guest agent did not answer, in the releases that
 # know the code. All else is an answer, or was never asked.
 _AGENT_SILENT = {
@@ -238,17 +250,21 @@ class Guest:
 
     # Its jobs
 
-    def job_under_way(self) -> bool:
-        """Whether a job of the whole domain runs: backup, migration, …"""
+    def job(self) -> str | None:
+        """What job of the whole domain runs, None if none does."""
         try:
             with self._calling('Job'):
-                kind: int = self._domain.jobInfo()[0]
+                job = self._domain.jobStats()
         except LibvirtError as error:
             if error.code == libvirt.VIR_ERR_OPERATION_INVALID:
-                return False        # it does not run
+                return None         # it does not run
+            if error.code == libvirt.VIR_ERR_INTERNAL_ERROR:
+                return 'backup'     # one that libvirt is about to begin
             raise
-        return kind not in (libvirt.VIR_DOMAIN_JOB_NONE,
-                            libvirt.VIR_DOMAIN_JOB_COMPLETED)
+        if job['type'] in (libvirt.VIR_DOMAIN_JOB_NONE,
+                           libvirt.VIR_DOMAIN_JOB_COMPLETED):
+            return None
+        return _OPERATIONS.get(job.get('operation', 0), 'of another kind')
 
     def block_job(self, target: str) -> BlockJob | None:
         """The block job of a disk, None where there is none."""

@@ -64,7 +64,7 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
         waited = time.monotonic() - begun
         # An owner that lives knows how its call ended.
         if not around.owner_died or (
-                not guest.job_under_way() and waited > _LOCK_WAIT_S):
+                guest.job() is None and waited > _LOCK_WAIT_S):
             return
         if waited > _SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
@@ -207,7 +207,8 @@ class ColdFlow(base.Flow):
             return why
         if state is guests.State.SHUTOFF:
             return None
-        return self._obstacle_to_stopping(guest, request)
+        return (base.why_no_job_can_start(guest, disks)
+                or self._obstacle_to_stopping(guest, request))
 
     def _obstacle_to_stopping(self, guest: guests.Guest,
                               request: requests.Request) -> str | None:
@@ -219,13 +220,8 @@ class ColdFlow(base.Flow):
                     'is stopped instead')
         if not guest.is_persistent():
             return 'the guest is transient: stopped, it would be gone'
-        if guest.job_under_way():
-            return 'another job of the guest is under way'
-        for disk in guest.disks():
-            job = guest.block_job(disk.target)
-            if job is not None:
-                return f'{disk.target} has a block job ({job.kind})'
-        why = guest.why_not_savable()
+        why = (base.why_block_job(guest, guest.disks())
+               or guest.why_not_savable())
         if why is not None:
             return why
         needed = guest.memory_bytes()

@@ -109,7 +109,7 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertIn('0 still were', str(error))
         self.assert_whole(guest)
 
-    def test_foreign_backup_is_an_obstacle_and_goes_on(self):
+    def test_foreign_block_copy_is_an_obstacle_and_goes_on(self):
         guest = self.guest(guests.Disk('overlay'))
         target = guest.directory / 'foreign'
         guest.domain.blockCopy(
@@ -121,6 +121,23 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertIn('block job (copy)', str(error))
         self.assertTrue(guest.domain.blockJobInfo('vda', 0))
         guest.domain.blockJobAbort('vda', 0)
+
+    def test_foreign_backup_is_an_obstacle_and_goes_on(self):
+        guest = self.guest(guests.Disk('overlay'))
+        guest.domain.backupBegin(
+            '<domainbackup mode="pull"><server transport="unix" '
+            'socket="/var/tmp/foreign.sock"/></domainbackup>', None)
+        began = time.monotonic()
+        for flow in ('backup', 'live', 'cold'):
+            error = self.assertRaises(
+                exception.NoFlowServes, self.take, guest, flow)
+            self.assertIn('another job of the guest is under way: backup',
+                          str(error))
+        # libvirt's lock holds whoever asks for another job 30 seconds.
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual('/var/tmp/foreign.sock',
+                         self.ours(guest).backup_socket())
+        self.ours(guest).end_backup()
 
     def test_full_scratch_ends_the_job_and_the_guest_writes_on(self):
         guest = self.guest(

@@ -59,7 +59,21 @@ class TestObstacle(BackupTestCase):
         self.domain.copies['vdb'] = '/theirs'
         self.assertIn('vdb has a block job (copy)', self.obstacle())
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        self.assertIn('another job', self.obstacle())
+        self.assertIn('another job of the guest is under way: save',
+                      self.obstacle())
+
+    def test_migrating_guest_is_not(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.job_operation = (
+            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+        # What else is asked of libvirt would wait for the migration.
+        self.domain.errors['blockJobInfo'] = AssertionError('asked')
+        self.assertIn('under way: migration', self.obstacle())
+
+    def test_encrypted_disk_is_not(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            '/a', inside="<encryption format='luks'/>")
+        self.assertIn('vda is encrypted', self.obstacle())
 
     def test_quiesce_that_is_required_needs_the_agent(self) -> None:
         self.assertIn('no guest agent', self.obstacle(

@@ -60,6 +60,13 @@ class TestObstacle(ColdTestCase):
         self.domain.disks = fakes.disk_xml('x', 'raw', kind='network')
         self.assertIn('network disk', self.obstacle())
 
+    def test_encrypted_disk_is_not_read(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, 'raw', inside="<encryption format='luks'/>")
+        for stop in (lambda: None, self.domain.off):
+            stop()
+            self.assertIn('vda is encrypted', self.obstacle())
+
     def test_every_layer_must_be_readable(self) -> None:
         self.use_raw_disk()
         self.patch_name('os.access', lambda path, mode: False)
@@ -85,7 +92,12 @@ class TestObstacle(ColdTestCase):
 
     def test_job_of_the_guest_is_not_disturbed(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        self.assertIn('another job', self.obstacle())
+        self.domain.errors['blockJobInfo'] = AssertionError('asked')
+        self.assertIn('another job of the guest is under way: save',
+                      self.obstacle())
+        self.domain.job_operation = (
+            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+        self.assertIn('under way: migration', self.obstacle())
 
     def test_job_of_any_disk_is_not_disturbed(self) -> None:
         self.domain.disks += fakes.disk_xml('/b', target='vdb')
