@@ -237,7 +237,10 @@ class Guest:
         """The group that its QEMU runs as, None while it does not run.
 
         libvirt's DAC label is ``+uid:+gid``, or has names where an operator
-        wrote it (https://libvirt.org/formatdomain.html, seclabel).
+        wrote it (https://libvirt.org/formatdomain.html, seclabel). A number
+        is right also where libvirtd runs in another container.
+
+        :raises FreezeFailed: if it is a name that is not known here
         """
         label = self.description().findtext(
             './seclabel[@model="dac"]/label')
@@ -246,7 +249,12 @@ class Guest:
         group = label.rpartition(':')[2]
         if group.lstrip('+').isdecimal():
             return int(group.lstrip('+'))
-        return grp.getgrnam(group).gr_gid
+        try:
+            return grp.getgrnam(group).gr_gid
+        except KeyError as error:
+            raise exception.FreezeFailed(
+                f'QEMU of {self.name} runs as the group {group}, which does '
+                f'not exist here') from error
 
     # Its jobs
 

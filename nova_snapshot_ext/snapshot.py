@@ -108,7 +108,7 @@ def plan(guest: guests.Guest, wished: selection.Wish,
     """
     workspace.check_directory(
         request.staging_directory, request.staging_setting)
-    workspace.check_socket_parent(request.state_directory)
+    workspace.check_socket_parent(request.socket_directory)
     disk = guest.root_disk()
     if disk.encrypted:
         raise exception.UnsafeDisk(

@@ -68,8 +68,7 @@ class BackupFlow(base.Flow):
             group = guest.qemu_gid()
             scratches = workspace.make_directory(
                 request.scratch_directory, log, group)
-            sockets = workspace.make_directory(
-                request.state_directory, log, group)
+            sockets = workspace.make_socket_directory(request, log, group)
             socket = os.path.join(sockets, 'nbd')
             capacities = {disk.target: guest.capacity(disk.target)
                           for disk in disks}
@@ -91,12 +90,13 @@ class BackupFlow(base.Flow):
 def _take_over(socket: str, log: undo.UndoLog) -> None:
     """Have the socket that QEMU made for this process alone.
 
-    First nobody else may change what is in its directory: who runs as QEMU
-    could have put a link in its place, and root would follow it.
+    First nobody else may reach into its directory: who runs as QEMU could
+    have put a link in its place, and root would follow it; and other guests'
+    QEMU run as the same user.
 
     :raises FreezeFailed: if it is no socket
     """
-    os.chmod(os.path.dirname(socket), 0o710)
+    os.chmod(os.path.dirname(socket), 0o700)
     if not stat.S_ISSOCK(os.lstat(socket).st_mode):
         raise exception.FreezeFailed(f'{socket} is not a socket')
     log.surroundings.host.chown(socket, os.getuid(), -1)

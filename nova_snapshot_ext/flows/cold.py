@@ -241,7 +241,7 @@ class ColdFlow(base.Flow):
         pause = frozen.Pause()
         with contextlib.ExitStack() as stack:
             stack.enter_context(log.scope())
-            sockets = workspace.make_directory(request.state_directory, log)
+            sockets = workspace.make_socket_directory(request, log)
             guest_waits = False
             if guest.state() is guests.State.SHUTOFF:
                 consistency = _consistency_of_stopped(guest)

@@ -14,7 +14,9 @@
 
 import os
 import pathlib
+import pwd
 import stat
+import subprocess
 import time
 
 import fixtures
@@ -29,6 +31,18 @@ from nova_snapshot_ext import undo
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_flows
+
+
+# Programs that another user runs, with the socket's path.
+_CONNECT = '''
+import socket, sys
+socket.socket(socket.AF_UNIX).connect(sys.argv[1])
+'''
+_REPLACE = '''
+import os, sys
+os.symlink('/etc/passwd', sys.argv[1] + '.mine')
+os.rename(sys.argv[1] + '.mine', sys.argv[1])
+'''
 
 
 class BackupTest(test_flows.SnapshotTestCase):
@@ -73,7 +87,7 @@ class BackupTest(test_flows.SnapshotTestCase):
                 self.assertTrue(stat.S_ISSOCK(status.st_mode))
                 self.assertEqual(os.getuid(), status.st_uid)
                 directory = os.stat(os.path.dirname(frozen.disks[0].socket))
-                self.assertEqual(0o710, stat.S_IMODE(directory.st_mode))
+                self.assertEqual(0o700, stat.S_IMODE(directory.st_mode))
         self.assert_whole(guest)
 
     def test_file_systems_are_quiesced(self):
@@ -138,6 +152,39 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertEqual('/var/tmp/foreign.sock',
                          self.ours(guest).backup_socket())
         self.ours(guest).end_backup()
+
+    def test_nobody_else_gets_at_the_socket(self):
+        guest = self.guest(guests.Disk('overlay'))
+        ours = self.ours(guest)
+        flow = plugins.load(plugins.FLOWS, 'backup', 'test')()
+        sockets = self._directory('run')
+        qemu = pwd.getpwnam('libvirt-qemu')
+        nobody = pwd.getpwnam('nobody')
+        with undo.UndoLog.create(
+                str(self.state), ours, hosts.PlainHost()) as log:
+            with flow.freeze(
+                    ours, ours.disks(),
+                    self.request(socket_directory=str(sockets)),
+                    log) as frozen:
+                socket = frozen.disks[0].socket
+                self.assertEqual(str(sockets), os.path.dirname(
+                    os.path.dirname(socket)))
+                self.assertEqual('', self._as_user(0, 0, _CONNECT, socket))
+                for user, group in ((nobody.pw_uid, nobody.pw_gid),
+                                    (nobody.pw_uid, ours.qemu_gid()),
+                                    (qemu.pw_uid, ours.qemu_gid())):
+                    for attempt in (_CONNECT, _REPLACE):
+                        self.assertIn('PermissionError', self._as_user(
+                            user, group, attempt, socket))
+                self.assertEqual('', self._as_user(0, 0, _CONNECT, socket))
+        self.assertEqual([], list(sockets.iterdir()))
+
+    def _as_user(self, uid, gid, program, *arguments) -> str:
+        """:returns: what it says on its standard error"""
+        return subprocess.run(
+            ['/usr/bin/python3', '-c', program, *arguments], user=uid,
+            group=gid, extra_groups=[], stderr=subprocess.PIPE, text=True,
+            check=False).stderr
 
     def test_full_scratch_ends_the_job_and_the_guest_writes_on(self):
         guest = self.guest(

@@ -73,6 +73,7 @@ class SnapshotTestCase(base.FunctionalTestCase):
             staging_directory=str(self.staging), staging_setting='staging',
             scratch_directory=str(self.staging),
             state_directory=str(self.state),
+            socket_directory=str(self.state),
             managed_save_directory='/var/lib/libvirt/qemu/save',
             freeze_timeout=10, copy_timeout=60, convert_timeout=300)
         return requests.Request(**(arguments | changes))

@@ -44,7 +44,7 @@ _BEGIN = textwrap.dedent('''
         image_format='qcow2', compress=False,
         quiesce=request.Quiesce.IF_POSSIBLE, staging_directory=staging,
         staging_setting='staging', scratch_directory=staging,
-        state_directory=state,
+        state_directory=state, socket_directory=state,
         managed_save_directory='/', freeze_timeout=10, copy_timeout=60,
         convert_timeout=60)
     if place != 'frozen':

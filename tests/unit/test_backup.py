@@ -159,7 +159,7 @@ class TestFreeze(BackupTestCase):
             chown(path, uid, gid)
         self.host.chown = look  # type: ignore[method-assign]
         self.freeze()
-        self.assertEqual([0o710], modes)
+        self.assertEqual([0o700], modes)
 
     def test_link_in_place_of_the_socket_is_not_followed(self) -> None:
         target = self.new_file('theirs')

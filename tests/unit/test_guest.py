@@ -93,6 +93,12 @@ class TestState(base.TestCase):
             '<seclabel model="apparmor"><label>x</label></seclabel>'
             '<seclabel model="dac"><label>+64055:+108</label></seclabel>')
         self.assertEqual(108, self.guest.qemu_gid())
+        self.domain.rest = (
+            '<seclabel model="dac"><label>qemu:no-such-group</label>'
+            '</seclabel>')
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'the group no-such-group, which does',
+            self.guest.qemu_gid)
 
 
 class TestDisks(base.TestCase):

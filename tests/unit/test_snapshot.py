@@ -385,10 +385,10 @@ class TestPlan(SnapshotTestCase):
             exception.InvalidSetting, '^--staging = /none', self.plan,
             staging_directory='/none')
 
-    def test_path_of_the_state_directory_has_its_limit(self) -> None:
+    def test_path_of_sockets_has_its_limit(self) -> None:
         self.assertRaisesRegex(
-            exception.InvalidSetting, 'state_directory', self.plan,
-            state_directory='/' + 'x' * 100)
+            exception.InvalidSetting, 'socket_directory', self.plan,
+            socket_directory='/' + 'x' * 100)
 
     def test_encrypted_disk_is_refused(self) -> None:
         self.domain.disks = fakes.disk_xml(
