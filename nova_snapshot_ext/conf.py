@@ -193,10 +193,12 @@ Possible values:
     cfg.StrOpt(
         'scratch_directory',
         help="""
-Where the flow ``backup`` keeps what guests overwrite during their snapshot.
+Where a backup job keeps what a guest overwrites during its snapshot.
 
-At most it holds what the guest writes meanwhile, rounded up to clusters of
-64 KiB. When it runs short of room the snapshot is ended; the guest goes on.
+The flow ``backup`` has such a job. The scratch holds what the guest overwrites
+meanwhile, by clusters of 64 KiB. 128 MiB for each snapshot, and more for a
+guest that writes fast, are reserved ahead of that. When no more room can be
+reserved the snapshot is ended; the guest goes on.
 
 Possible values:
 

@@ -27,15 +27,11 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
-from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import scratch
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
-
-#: libvirt's schema takes no other format for the scratch of a pull backup
-_SCRATCH_FORMAT = 'qcow2'
 
 
 @undo.step
@@ -54,8 +50,9 @@ class BackupFlow(base.Flow):
 
     def obstacle(self, guest: guests.Guest, disks: base.Disks,
                  request: requests.Request) -> str | None:
-        why = base.why_no_job_can_start(guest, disks)
-        return why or quiesce.obstacle(guest, request)
+        return (base.why_no_job_can_start(guest, disks)
+                or quiesce.obstacle(guest, request)
+                or _why_no_scratch(guest, disks, request))
 
     @contextlib.contextmanager
     def freeze(
@@ -72,19 +69,37 @@ class BackupFlow(base.Flow):
             socket = os.path.join(sockets, 'nbd')
             capacities = {disk.target: guest.capacity(disk.target)
                           for disk in disks}
-            for target, capacity in capacities.items():
-                _make_scratch(scratches, target, capacity)
+            files = stack.enter_context(
+                scratch.made(scratches, capacities))
             log.push(end_backup, socket=socket)
             os.chmod(sockets, 0o770)
             with quiesce.quiesced(guest, request, log, pause) as outcome:
                 guest.begin_backup(
-                    _description(capacities, socket, scratches))
+                    _description(capacities, socket, files.paths))
             _take_over(socket, log)
-            watch = stack.enter_context(scratch.watching(guest, scratches))
+            watch = stack.enter_context(scratch.watching(guest, files))
             yield frozen.Frozen(
                 tuple(frozen.FrozenDisk(target, capacity, socket, target)
                       for target, capacity in capacities.items()),
                 outcome.consistency, pause, why_lost=watch.why_lost)
+
+
+def _why_no_scratch(guest: guests.Guest, disks: base.Disks,
+                    request: requests.Request) -> str | None:
+    """Why there is no place for the scratch of a job, None if there is."""
+    directory = request.scratch_directory
+    try:
+        workspace.check_directory(
+            directory, '[snapshot_ext] scratch_directory')
+    except exception.InvalidSetting as error:
+        return str(error)
+    needed = sum(scratch.least_bytes(guest.capacity(disk.target))
+                 for disk in disks)
+    free = workspace.free_bytes(directory)
+    if free < needed:
+        return (f'its scratch needs {needed} bytes in {directory} to begin '
+                f'with, where {free} are free')
+    return None
 
 
 def _take_over(socket: str, log: undo.UndoLog) -> None:
@@ -102,19 +117,8 @@ def _take_over(socket: str, log: undo.UndoLog) -> None:
     log.surroundings.host.chown(socket, os.getuid(), -1)
 
 
-def _make_scratch(directory: str, target: str, capacity: int) -> None:
-    """Make the file that keeps what the guest overwrites.
-
-    Left to libvirt, QEMU would format it in the moment of the backup, where
-    a statistics call beside can hit an assertion of QEMU 7.2 and kill the
-    guest (qcow2_get_specific_info).
-    """
-    path = os.path.join(directory, target)
-    qemu_img.run('create', '-q', '-f', _SCRATCH_FORMAT, path, str(capacity))
-
-
 def _description(capacities: dict[str, int], socket: str,
-                 scratches: str) -> str:
+                 scratches: dict[str, str]) -> str:
     """What virDomainBackupBegin takes
     (https://libvirt.org/formatbackup.html): every disk named, or else
     libvirt would take all.
@@ -126,7 +130,6 @@ def _description(capacities: dict[str, int], socket: str,
         disk = ElementTree.SubElement(
             disks, 'disk', name=target, backup='yes', type='file',
             exportname=target)
-        ElementTree.SubElement(disk, 'driver', type=_SCRATCH_FORMAT)
-        ElementTree.SubElement(
-            disk, 'scratch', file=os.path.join(scratches, target))
+        ElementTree.SubElement(disk, 'driver', type=scratch.FORMAT)
+        ElementTree.SubElement(disk, 'scratch', file=scratches[target])
     return ElementTree.tostring(backup, encoding='unicode')

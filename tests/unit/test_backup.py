@@ -75,6 +75,10 @@ class TestObstacle(BackupTestCase):
             '/a', inside="<encryption format='luks'/>")
         self.assertIn('vda is encrypted', self.obstacle())
 
+    def test_scratch_must_have_its_place(self) -> None:
+        self.assertIn('scratch_directory = /none', self.obstacle(
+            scratch_directory='/none'))
+
     def test_quiesce_that_is_required_needs_the_agent(self) -> None:
         self.assertIn('no guest agent', self.obstacle(
             quiesce=requests.Quiesce.REQUIRED))
