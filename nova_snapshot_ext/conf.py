@@ -195,10 +195,11 @@ Possible values:
         help="""
 Where a backup job keeps what a guest overwrites during its snapshot.
 
-The flow ``backup`` has such a job. The scratch holds what the guest overwrites
-meanwhile, by clusters of 64 KiB. 128 MiB for each snapshot, and more for a
-guest that writes fast, are reserved ahead of that. When no more room can be
-reserved the snapshot is ended; the guest goes on.
+The flow ``backup`` has such a job, and ``cold`` for disks that can't hold an
+internal snapshot. The scratch holds what the guest overwrites meanwhile, by
+clusters of 64 KiB. 128 MiB for each snapshot, and more for a guest that writes
+fast, are reserved ahead of that. When no more room can be reserved the
+snapshot is ended; the guest goes on.
 
 Possible values:
 

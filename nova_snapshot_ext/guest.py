@@ -437,11 +437,15 @@ class Guest:
         with self._calling('Managed save'):
             self._domain.managedSave(0)
 
-    def start(self) -> None:
+    def start(self, paused: bool = False) -> None:
         """Start it; from its saved memory if there is some, and in the
-        state, running or paused, that it had then."""
+        state, running or paused, that it had then.
+
+        :param paused: paused in any case
+        """
         with self._calling('Start'):
-            self._domain.createWithFlags(0)
+            self._domain.createWithFlags(
+                libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     def suspend(self) -> None:
         """Stop its CPUs; its state is then PAUSED."""

@@ -256,9 +256,11 @@ class FakeDomain:
         self.off(libvirt.VIR_DOMAIN_SHUTOFF_SAVED)
 
     def createWithFlags(self, flags: int) -> None:
-        self._called('createWithFlags')
+        paused = flags == libvirt.VIR_DOMAIN_START_PAUSED
+        self._called('createWithFlags', *['paused'] * paused)
         self.current_state = (
-            self.saved_state if self.managed_save
+            [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+            if paused else self.saved_state if self.managed_save
             else [libvirt.VIR_DOMAIN_RUNNING, 1])
         self.managed_save = False
 

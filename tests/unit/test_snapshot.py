@@ -214,17 +214,6 @@ class TestTake(SnapshotTestCase):
             ['publish', 'remove image', 'undo demo', 'released demo'],
             journal.of('publish', 'undo', 'released', 'remove'))
 
-    def test_guest_that_waits_is_not_kept_for_the_upload(self) -> None:
-        bound, free = DemoTransfer(), DemoTransfer()
-        bound.independent = False
-        chosen = [snapshot.ChosenTransfer('bound', bound),
-                  snapshot.ChosenTransfer('free', free)]
-        plan = snapshot.Plan(self.guest.root_disk(), [], chosen, 1)
-        for waits, name in ((False, 'bound'), (True, 'free')):
-            found = frozen.Frozen((), frozen.Consistency.CRASH,
-                                  frozen.Pause(), waits)
-            self.assertEqual(name, plan.transfer_for(found).name)
-
     def test_guard_stands_before_the_guest_is_touched(self) -> None:
         self.take()
         self.assertLess(journal.index('guard'),
