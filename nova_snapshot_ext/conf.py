@@ -190,22 +190,47 @@ No flow reads such a disk: its image would hold the plain text.
     cfg.StrOpt(
         'state_directory',
         help="""
-Where undo logs and sockets are kept while a snapshot is in flight.
+Where undo logs are kept while a snapshot is in flight.
 
-It must be on a local disk that survives a reboot, writable by nova-compute's
-user, and not longer than 72 bytes (a socket's path is limited to 107).
+It must be on a local disk that survives a reboot, and writable by
+nova-compute's user.
 
 Possible values:
 
 * an absolute path; by default ``snapshot-ext`` in ``[DEFAULT] state_path``
+
+Related options:
+
+* ``socket_directory``
+"""),
+    cfg.StrOpt(
+        'socket_directory',
+        help="""
+Where the sockets are made that guests' disks are read from.
+
+QEMU makes some of them and nova-compute connects. Where libvirtd and
+nova-compute run in different containers, both must have this directory under
+the same path, such as one below a shared ``/run`` or ``/var/lib/nova``.
+
+It is made if it is missing, and other users may pass through it but not list
+it; what is inside is for one snapshot and one user each. It must be writable
+by nova-compute's user, and not longer than 72 bytes (a socket's path is
+limited to 107).
+
+Possible values:
+
+* an absolute path; by default ``state_directory``
 """),
     cfg.StrOpt(
         'scratch_directory',
         help="""
-Where the flow ``backup`` keeps what guests overwrite during their snapshot.
+Where a backup job keeps what a guest overwrites during its snapshot.
 
-At most it holds what the guest writes meanwhile, rounded up to clusters of
-64 KiB. When it runs short of room the snapshot is ended; the guest goes on.
+The flow ``backup`` has such a job, and ``cold`` for disks that can't hold an
+internal snapshot. The scratch holds what the guest overwrites meanwhile, by
+clusters of 64 KiB. 128 MiB for each snapshot, and more for a guest that writes
+fast, are reserved ahead of that. When no more room can be reserved the
+snapshot is ended; the guest goes on.
 
 Possible values:
 

@@ -274,6 +274,8 @@ class SnapshotLibvirtDriver(
             scratch_directory=(
                 CONF.snapshot_ext.scratch_directory or directory),
             state_directory=state_directory(),
+            socket_directory=(
+                CONF.snapshot_ext.socket_directory or state_directory()),
             managed_save_directory=CONF.snapshot_ext.managed_save_directory,
             freeze_timeout=CONF.snapshot_ext.freeze_timeout,
             copy_timeout=CONF.snapshot_ext.copy_timeout,
@@ -330,7 +332,7 @@ def _finish(path: str, host: NovaHost, deadline: float) -> None:
 
 
 def state_directory() -> str:
-    """Where undo logs and sockets are kept."""
+    """Where undo logs are kept."""
     return (CONF.snapshot_ext.state_directory
             or os.path.join(CONF.state_path, 'snapshot-ext'))
 

@@ -97,9 +97,6 @@ class Frozen:
 
     disks: tuple[FrozenDisk, ...]
     consistency: Consistency
-    #: goes on counting while the flow keeps the guest stopped
     pause: Pause
-    #: the guest is stopped until the disk is not needed any more
-    guest_waits: bool = False
     #: asked after a transfer failed: why the disks were not frozen any more
     why_lost: collections.abc.Callable[[], str | None] = lambda: None

@@ -77,6 +77,11 @@ class LibvirtError(exception.SnapshotError):
         super().__init__(f'{what}: {error.get_error_message()}')
         self.code: int = error.get_error_code()
 
+    @property
+    def agent_is_silent(self) -> bool:
+        """Whether it is that the guest agent did not answer."""
+        return self.code in _AGENT_SILENT
+
 
 class State(enum.Enum):
     """A domain's state, as far as a snapshot has to tell them apart."""
@@ -95,6 +100,26 @@ _STATES = {
     libvirt.VIR_DOMAIN_SHUTOFF: State.SHUTOFF,
     libvirt.VIR_DOMAIN_CRASHED: State.SHUTOFF,
 }
+
+
+_OPERATIONS = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE: 'restore',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: 'migration',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: 'migration',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE: 'snapshot',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: 'dump',
+    libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: 'backup',
+}
+# What libvirt says where a guest agent did not answer, in the releases that
+# know the code. All else is an answer, or was never asked.
+_AGENT_SILENT = {
+    getattr(libvirt, name, None)
+    for name in ('VIR_ERR_AGENT_UNRESPONSIVE', 'VIR_ERR_AGENT_UNSYNCED',
+                 'VIR_ERR_AGENT_COMMAND_TIMEOUT')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +262,10 @@ class Guest:
         """The group that its QEMU runs as, None while it does not run.
 
         libvirt's DAC label is ``+uid:+gid``, or has names where an operator
-        wrote it (https://libvirt.org/formatdomain.html, seclabel).
+        wrote it (https://libvirt.org/formatdomain.html, seclabel). A number
+        is right also where libvirtd runs in another container.
+
+        :raises FreezeFailed: if it is a name that is not known here
         """
         label = self.description().findtext(
             './seclabel[@model="dac"]/label')
@@ -246,21 +274,30 @@ class Guest:
         group = label.rpartition(':')[2]
         if group.lstrip('+').isdecimal():
             return int(group.lstrip('+'))
-        return grp.getgrnam(group).gr_gid
+        try:
+            return grp.getgrnam(group).gr_gid
+        except KeyError as error:
+            raise exception.FreezeFailed(
+                f'QEMU of {self.name} runs as the group {group}, which does '
+                f'not exist here') from error
 
     # Its jobs
 
-    def job_under_way(self) -> bool:
-        """Whether a job of the whole domain runs: backup, migration, …"""
+    def job(self) -> str | None:
+        """What job of the whole domain runs, None if none does."""
         try:
             with self._calling('Job'):
-                kind: int = self._domain.jobInfo()[0]
+                job = self._domain.jobStats()
         except LibvirtError as error:
             if error.code == libvirt.VIR_ERR_OPERATION_INVALID:
-                return False        # it does not run
+                return None         # it does not run
+            if error.code == libvirt.VIR_ERR_INTERNAL_ERROR:
+                return 'backup'     # one that libvirt is about to begin
             raise
-        return kind not in (libvirt.VIR_DOMAIN_JOB_NONE,
-                            libvirt.VIR_DOMAIN_JOB_COMPLETED)
+        if job['type'] in (libvirt.VIR_DOMAIN_JOB_NONE,
+                           libvirt.VIR_DOMAIN_JOB_COMPLETED):
+            return None
+        return _OPERATIONS.get(job.get('operation', 0), 'of another kind')
 
     def block_job(self, target: str) -> BlockJob | None:
         """The block job of a disk, None where there is none."""
@@ -425,11 +462,15 @@ class Guest:
         with self._calling('Managed save'):
             self._domain.managedSave(0)
 
-    def start(self) -> None:
+    def start(self, paused: bool = False) -> None:
         """Start it; from its saved memory if there is some, and in the
-        state, running or paused, that it had then."""
+        state, running or paused, that it had then.
+
+        :param paused: paused in any case
+        """
         with self._calling('Start'):
-            self._domain.createWithFlags(0)
+            self._domain.createWithFlags(
+                libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     def suspend(self) -> None:
         """Stop its CPUs; its state is then PAUSED."""

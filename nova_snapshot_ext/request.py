@@ -46,10 +46,12 @@ class Request:
     staging_directory: str
     #: how whoever set staging_directory knows it
     staging_setting: str
-    #: where the flow ``backup`` keeps what the guest overwrites meanwhile
+    #: where a backup job keeps what the guest overwrites meanwhile
     scratch_directory: str
-    #: where undo logs and sockets are kept
+    #: where undo logs are kept
     state_directory: str
+    #: where sockets are made that disks are read from
+    socket_directory: str
     #: where libvirt saves memory
     managed_save_directory: str
     #: seconds

@@ -10,15 +10,19 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""The scratch of a backup job, watched so that it never stops a guest.
+"""The scratch of a backup job, kept from ever stopping its guest.
 
-QEMU keeps there what the guest overwrites while its disk is frozen. Without
-room it would pause the guest, which then sees time stand still; so the job
-is ended before that, and the snapshot fails instead.
+QEMU keeps there what the guest overwrites while its disk is frozen, before it
+lets the guest overwrite it. A guest whose scratch has no room is paused, and
+one whose scratch gives another error, such as an exhausted quota, is given
+that error for its own write. So room is reserved ahead of the guest. What
+can't be reserved tells in time: the job is ended, and the snapshot fails.
 """
 
 import collections.abc
 import contextlib
+import ctypes
+import errno
 import os
 import threading
 
@@ -26,26 +30,147 @@ from oslo_log import log as logging
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import workspace
 
 LOG = logging.getLogger(__name__)
 
-POLL_S = 0.5
-# What may be written between two looks, at the highest rate seen so far: so
-# many times over, and so much at least.
-_MARGIN_POLLS = 4
-_LEAST_MARGIN = 32 * 1024 ** 2
+#: libvirt's schema takes no other for the scratch of a pull mode backup
+FORMAT = 'qcow2'
+POLL_S = 0.1
+# What is reserved ahead of a guest: so many times over what it wrote at most
+# between two looks, and so much at least, for one that begins to write as
+# fast as disks do.
+_LOOKS_AHEAD = 2
+_LEAST_AHEAD = 128 * 1024 ** 2
+# linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
+_FALLOC_FL_KEEP_SIZE = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def most_bytes(capacity: int) -> int:
+    """What the scratch of a disk can ever hold.
+
+    Only what held data is kept, but by whole clusters of 64 KiB: how much of
+    the host's disk the guest's data take now is no bound of that.
+
+    :param capacity: the disk's size in bytes
+    """
+    tables = capacity // 500 + 1024 ** 2
+    return capacity + tables
+
+
+def least_bytes(capacity: int) -> int:
+    """What is reserved for the scratch of a disk before a job begins."""
+    return min(_LEAST_AHEAD, most_bytes(capacity))
+
+
+class _File:
+    """One disk's scratch, with room for what its guest may write next."""
+
+    def __init__(self, path: str, capacity: int) -> None:
+        qemu_img.run('create', '-q', '-f', FORMAT, path, str(capacity))
+        self.path = path
+        self._most = most_bytes(capacity)
+        # libvirt gives the file to QEMU's user while the job runs.
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._size = self._bytes()
+        self._growth = 0
+        self._reserved = 0
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def reserve_ahead(self) -> None:
+        """:raises OSError: if the room can't be had; what was reserved
+            before stays
+        """
+        size = self._bytes()
+        self._growth = max(self._growth, size - self._size)
+        self._size = size
+        ahead = max(_LEAST_AHEAD, self._growth * _LOOKS_AHEAD)
+        wanted = min(size + ahead, self._most)
+        if wanted > self._reserved:
+            try:
+                self._reserve(wanted)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f'{self.path} holds {size} bytes, and can '
+                    f'not be given room for {wanted - size} more: '
+                    f'{os.strerror(error.errno or 0)}') from error
+
+    def _reserve(self, length: int) -> None:
+        try:
+            _allocate(self._descriptor, length)
+            self._reserved = length
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            # Such as NFS before 4.2: what is free now has to do.
+            if workspace.free_bytes(self.path) < length - self._size:
+                raise OSError(errno.ENOSPC, '') from error
+
+    def _bytes(self) -> int:
+        """What QEMU has put into it; it fills a file from its start."""
+        return os.fstat(self._descriptor).st_size
+
+
+def _allocate(descriptor: int, length: int) -> None:
+    """Have the first bytes of a file find their room (fallocate(2)).
+
+    posix_fallocate() would make the file longer, or fill it with zeroes.
+    """
+    if _LIBC.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0),
+                       ctypes.c_int64(length)):
+        raise OSError(ctypes.get_errno(), '')
+
+
+class Files:
+    """The scratch files of one job."""
+
+    def __init__(self, files: dict[str, _File]) -> None:
+        """Use :func:`made`."""
+        self._files = files
+        #: by the disk's target
+        self.paths = {target: file.path for target, file in files.items()}
+
+    def reserve_ahead(self) -> None:
+        """:raises OSError: if the room can't be had; it says which"""
+        for file in self._files.values():
+            file.reserve_ahead()
+
+
+@contextlib.contextmanager
+def made(directory: str, capacities: dict[str, int],
+         ) -> collections.abc.Iterator[Files]:
+    """Make the files for disks, with the room to begin with.
+
+    Left to libvirt, QEMU would format them in the moment of the backup, where
+    a statistics call beside can hit an assertion of QEMU 7.2 and kill the
+    guest (qcow2_get_specific_info).
+
+    :param capacities: of each disk's target, its size in bytes
+    :raises FreezeFailed: if there is no room
+    """
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for target, capacity in capacities.items():
+            files[target] = _File(os.path.join(directory, target), capacity)
+            stack.callback(files[target].close)
+        found = Files(files)
+        try:
+            found.reserve_ahead()
+        except OSError as error:
+            raise exception.FreezeFailed(str(error.strerror)) from error
+        yield found
 
 
 class Watch:
     """Ends a guest's backup job in time; one thread of its own."""
 
-    def __init__(self, guest: guests.Guest, directory: str) -> None:
-        """:param directory: holds the scratch files and nothing else"""
+    def __init__(self, guest: guests.Guest, files: Files) -> None:
         self._guest = guest
-        self._directory = directory
-        self._used = self._used_bytes()
-        self._rate = 0
+        self._files = files
         self._lost: str | None = None
 
     def why_lost(self) -> str | None:
@@ -54,28 +179,19 @@ class Watch:
 
     def look(self) -> bool:
         """:returns: whether there is anything left to watch"""
-        used = self._used_bytes()
-        self._rate = max(self._rate, used - self._used)
-        self._used = used
-        free = workspace.free_bytes(self._directory)
-        margin = max(self._rate * _MARGIN_POLLS, _LEAST_MARGIN)
+        why = None
+        try:
+            self._files.reserve_ahead()
+        except OSError as error:
+            why = error.strerror
         if self._guest.is_paused_by_io_error():
-            self._end(f'the guest was paused by an I/O error, with {free} '
-                      f'bytes free for its scratch')
-        elif free < margin:
-            self._end(f'{free} bytes are free for the scratch, which held '
-                      f'{used} bytes and may grow by {margin}')
-        return self._lost is None
-
-    def _used_bytes(self) -> int:
-        with os.scandir(self._directory) as files:
-            return sum(file.stat().st_blocks * 512 for file in files)
-
-    def _end(self, why: str) -> None:
-        self._lost = f'{self._directory}: {why}'
-        LOG.warning('The backup job of %s is ended: %s', self._guest.name,
-                    self._lost)
-        end_job(self._guest)
+            why = why or 'The guest was paused by an I/O error'
+        if why is not None:
+            self._lost = why
+            LOG.warning('The backup job of %s is ended: %s',
+                        self._guest.name, why)
+            end_job(self._guest)
+        return why is None
 
 
 def end_job(guest: guests.Guest) -> None:
@@ -90,19 +206,25 @@ def end_job(guest: guests.Guest) -> None:
 
 @contextlib.contextmanager
 def watching(guest: guests.Guest,
-             directory: str) -> collections.abc.Iterator[Watch]:
+             files: Files) -> collections.abc.Iterator[Watch]:
     """Watch the scratch of a guest's backup job until the scope ends."""
-    watch = Watch(guest, directory)
+    watch = Watch(guest, files)
     ended = threading.Event()
 
     def run() -> None:
+        said = ''
         while not ended.wait(POLL_S):
             try:
                 if not watch.look():
                     return
-            except (exception.SnapshotError, OSError) as error:
-                LOG.warning('The scratch of %s can not be looked at: %s',
-                            guest.name, error)
+            except exception.GuestGone:
+                return
+            except exception.SnapshotError as error:
+                # libvirt is restarted, say: it is asked again.
+                if str(error) != said:
+                    said = str(error)
+                    LOG.warning('The scratch of %s can not be looked after: '
+                                '%s', guest.name, error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -58,16 +58,6 @@ class Plan:
     #: what the image can take at most
     image_bytes: int
 
-    def transfer_for(self, frozen: frozen_.Frozen) -> ChosenTransfer:
-        """The best; but no guest stays stopped for as long as an upload
-        takes, if another can do with less.
-        """
-        if frozen.guest_waits:
-            for chosen in self.transfers:
-                if chosen.transfer.independent:
-                    return chosen
-        return self.transfers[0]
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -108,7 +98,7 @@ def plan(guest: guests.Guest, wished: selection.Wish,
     """
     workspace.check_directory(
         request.staging_directory, request.staging_setting)
-    workspace.check_socket_parent(request.state_directory)
+    workspace.check_socket_parent(request.socket_directory)
     disk = guest.root_disk()
     if disk.encrypted:
         raise exception.UnsafeDisk(
@@ -174,7 +164,7 @@ def take(
         guard.watch(log)
         release = stack.enter_context(contextlib.ExitStack())
         flow, frozen = _freeze(guest, planned, request, log, release)
-        chosen = planned.transfer_for(frozen)
+        chosen = planned.transfers[0]
         with _named_loss(frozen):
             image = stack.enter_context(
                 chosen.transfer.image(frozen.disks[0], request, log))

@@ -133,10 +133,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         :raises GuestBusy: if another snapshot of the guest is in flight, or
             the way back of a dead one is not finished
         """
-        os.makedirs(directory, mode=0o711, exist_ok=True)
-        # QEMU passes through it to the sockets that it makes.
-        if not os.stat(directory).st_mode & 0o001:
-            os.chmod(directory, 0o711)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = _open_locked(path, os.O_CREAT, guest.name)
         try:

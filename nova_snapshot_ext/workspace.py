@@ -17,6 +17,7 @@ import secrets
 import shutil
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
 _PREFIX = 'snapshot-ext-'
@@ -50,6 +51,17 @@ def make_directory(parent: str, log: undo.UndoLog,
     return path
 
 
+def make_socket_directory(request: requests.Request, log: undo.UndoLog,
+                          group: int | None = None) -> str:
+    """As :func:`make_directory`, for sockets."""
+    parent = request.socket_directory
+    os.makedirs(parent, mode=0o711, exist_ok=True)
+    # QEMU passes through it to the sockets that it makes.
+    if not os.stat(parent).st_mode & 0o001:
+        os.chmod(parent, 0o711)
+    return make_directory(parent, log, group)
+
+
 def check_directory(path: str, setting: str) -> None:
     """:raises InvalidSetting: if it is not a directory we can write to
 
@@ -64,11 +76,24 @@ def check_directory(path: str, setting: str) -> None:
 
 
 def check_socket_parent(path: str) -> None:
-    """:raises InvalidSetting: if sockets below it would have long paths"""
+    """:raises InvalidSetting: if sockets can't be made below it
+
+    The state directory counts where it is not set.
+    """
+    setting = '[snapshot_ext] socket_directory'
     if len(os.fsencode(path)) > MAX_SOCKET_PARENT:
         raise exception.InvalidSetting(
-            '[snapshot_ext] state_directory', path,
+            setting, path,
             f'it must not be longer than {MAX_SOCKET_PARENT} bytes')
+    if os.path.lexists(path):
+        check_directory(path, setting)
+        return
+    parent = path
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise exception.InvalidSetting(
+            setting, path, f'user {os.getuid()} can not make it')
 
 
 def free_bytes(path: str) -> int:

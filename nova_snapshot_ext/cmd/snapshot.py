@@ -182,6 +182,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
              guest: guests.Guest) -> requests.Request:
     staging = os.path.abspath(
         options.staging or os.environ.get('TMPDIR') or '/var/tmp')
+    state = configuration.state_directory or _state_directory()
     return requests.Request(
         image_format=getattr(options, 'format', 'qcow2'),
         compress=getattr(options, 'compress', False),
@@ -190,7 +191,8 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         staging_directory=staging,
         staging_setting='--staging',
         scratch_directory=configuration.scratch_directory or staging,
-        state_directory=configuration.state_directory or _state_directory(),
+        state_directory=state,
+        socket_directory=configuration.socket_directory or state,
         managed_save_directory=configuration.managed_save_directory,
         freeze_timeout=configuration.freeze_timeout,
         copy_timeout=configuration.copy_timeout,

@@ -12,40 +12,20 @@
 
 """The flow ``backup``: a running guest's disks, frozen by a backup job.
 
-libvirt's pull mode backup makes QEMU export its disks as they are at one
-instant, over NBD. What the guest overwrites meanwhile is kept in scratch
-files; the guest runs on, and nothing of the disk is copied on the host.
+The guest runs on, and nothing of the disk is copied on the host but what the
+guest overwrites meanwhile.
 """
 
 import collections.abc
 import contextlib
-import os
-import stat
-from xml.etree import ElementTree
 
-from nova_snapshot_ext import exception
+from nova_snapshot_ext import backup_job
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
-from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
-from nova_snapshot_ext import scratch
 from nova_snapshot_ext import undo
-from nova_snapshot_ext import workspace
-
-#: libvirt's schema takes no other format for the scratch of a pull backup
-_SCRATCH_FORMAT = 'qcow2'
-
-
-@undo.step
-@undo.with_guest
-def end_backup(around: undo.Surroundings, guest: guests.Guest,
-               socket: str) -> None:
-    """End the backup job that exports on our socket, and no other."""
-    if guest.state() is not guests.State.SHUTOFF and (
-            guest.backup_socket() == socket):
-        scratch.end_job(guest)
 
 
 class BackupFlow(base.Flow):
@@ -54,8 +34,9 @@ class BackupFlow(base.Flow):
 
     def obstacle(self, guest: guests.Guest, disks: base.Disks,
                  request: requests.Request) -> str | None:
-        why = base.why_no_job_can_start(guest, disks)
-        return why or quiesce.obstacle(guest, request)
+        return (base.why_no_job_can_start(guest, disks)
+                or quiesce.obstacle(guest, request)
+                or backup_job.obstacle(guest, disks, request))
 
     @contextlib.contextmanager
     def freeze(
@@ -65,68 +46,9 @@ class BackupFlow(base.Flow):
         pause = frozen.Pause()
         with contextlib.ExitStack() as stack:
             stack.enter_context(log.scope())
-            group = guest.qemu_gid()
-            scratches = workspace.make_directory(
-                request.scratch_directory, log, group)
-            sockets = workspace.make_directory(
-                request.state_directory, log, group)
-            socket = os.path.join(sockets, 'nbd')
-            capacities = {disk.target: guest.capacity(disk.target)
-                          for disk in disks}
-            for target, capacity in capacities.items():
-                _make_scratch(scratches, target, capacity)
-            log.push(end_backup, socket=socket)
-            os.chmod(sockets, 0o770)
+            job = stack.enter_context(
+                backup_job.prepared(guest, disks, request, log))
             with quiesce.quiesced(guest, request, log, pause) as outcome:
-                guest.begin_backup(
-                    _description(capacities, socket, scratches))
-            _take_over(socket, log)
-            watch = stack.enter_context(scratch.watching(guest, scratches))
-            yield frozen.Frozen(
-                tuple(frozen.FrozenDisk(target, capacity, socket, target)
-                      for target, capacity in capacities.items()),
-                outcome.consistency, pause, why_lost=watch.why_lost)
-
-
-def _take_over(socket: str, log: undo.UndoLog) -> None:
-    """Have the socket that QEMU made for this process alone.
-
-    First nobody else may change what is in its directory: who runs as QEMU
-    could have put a link in its place, and root would follow it.
-
-    :raises FreezeFailed: if it is no socket
-    """
-    os.chmod(os.path.dirname(socket), 0o710)
-    if not stat.S_ISSOCK(os.lstat(socket).st_mode):
-        raise exception.FreezeFailed(f'{socket} is not a socket')
-    log.surroundings.host.chown(socket, os.getuid(), -1)
-
-
-def _make_scratch(directory: str, target: str, capacity: int) -> None:
-    """Make the file that keeps what the guest overwrites.
-
-    Left to libvirt, QEMU would format it in the moment of the backup, where
-    a statistics call beside can hit an assertion of QEMU 7.2 and kill the
-    guest (qcow2_get_specific_info).
-    """
-    path = os.path.join(directory, target)
-    qemu_img.run('create', '-q', '-f', _SCRATCH_FORMAT, path, str(capacity))
-
-
-def _description(capacities: dict[str, int], socket: str,
-                 scratches: str) -> str:
-    """What virDomainBackupBegin takes
-    (https://libvirt.org/formatbackup.html): every disk named, or else
-    libvirt would take all.
-    """
-    backup = ElementTree.Element('domainbackup', mode='pull')
-    ElementTree.SubElement(backup, 'server', transport='unix', socket=socket)
-    disks = ElementTree.SubElement(backup, 'disks')
-    for target in capacities:
-        disk = ElementTree.SubElement(
-            disks, 'disk', name=target, backup='yes', type='file',
-            exportname=target)
-        ElementTree.SubElement(disk, 'driver', type=_SCRATCH_FORMAT)
-        ElementTree.SubElement(
-            disk, 'scratch', file=os.path.join(scratches, target))
-    return ElementTree.tostring(backup, encoding='unicode')
+                job.begin()
+            yield stack.enter_context(
+                job.serving(outcome.consistency, pause))

@@ -66,6 +66,15 @@ class Flow(abc.ABC):
         return 0
 
 
+def _why_not_one_of_ours(disk: disks_.Disk) -> str | None:
+    if disk.kind not in ('file', 'block'):
+        return (f'{disk.target} is a {disk.kind} disk, not a file or a '
+                f'block device')
+    if disk.encrypted:
+        return f'{disk.target} is encrypted: its image would hold plain text'
+    return None
+
+
 def why_not_readable(disks: Disks, below_top: bool = False) -> str | None:
     """Why disks can't be opened by their path, None if they can.
 
@@ -75,9 +84,9 @@ def why_not_readable(disks: Disks, below_top: bool = False) -> str | None:
     :raises UnsafeDisk: if a header refers to what no guest may reach
     """
     for disk in disks:
-        if disk.kind not in ('file', 'block'):
-            return (f'{disk.target} is a {disk.kind} disk, not a file or a '
-                    f'block device')
+        why = _why_not_one_of_ours(disk)
+        if why is not None:
+            return why
         for layer in disks_.chain_of(disk)[int(below_top):]:
             if not layer.block and not os.access(layer.path, os.R_OK):
                 return (f'user {os.getuid()} can not read {layer.path}, '
@@ -94,12 +103,19 @@ def why_no_job_can_start(guest: guests.Guest, disks: Disks) -> str | None:
     state = guest.state()
     if state not in (guests.State.RUNNING, guests.State.PAUSED):
         return f'the guest is {state.value}'
-    if guest.job_under_way():
-        return 'another job of the guest is under way'
+    job = guest.job()
+    if job is not None:
+        return f'another job of the guest is under way: {job}'
     for disk in disks:
-        if disk.kind not in ('file', 'block'):
-            return (f'{disk.target} is a {disk.kind} disk, not a file or a '
-                    f'block device')
+        why = _why_not_one_of_ours(disk)
+        if why is not None:
+            return why
+    return why_block_job(guest, disks)
+
+
+def why_block_job(guest: guests.Guest, disks: Disks) -> str | None:
+    """Which of disks has a block job, None if none has."""
+    for disk in disks:
         job = guest.block_job(disk.target)
         if job is not None:
             return f'{disk.target} has a block job ({job.kind}) already'

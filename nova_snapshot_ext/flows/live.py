@@ -85,7 +85,7 @@ class LiveFlow(base.Flow):
             _wait_until_ready(copies, request)
             with quiesce.quiesced(guest, request, log, pause) as outcome:
                 _end_at_one_instant(guest, copies, log, pause)
-            sockets = workspace.make_directory(request.state_directory, log)
+            sockets = workspace.make_socket_directory(request, log)
             yield frozen.Frozen(
                 tuple(stack.enter_context(copy.serving(sockets, log))
                       for copy in copies),

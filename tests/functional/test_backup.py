@@ -12,14 +12,19 @@
 
 """The flow backup on real libvirt, QEMU and guests that write."""
 
+import contextlib
 import os
 import pathlib
+import pwd
 import stat
+import subprocess
 import time
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
@@ -27,6 +32,18 @@ from nova_snapshot_ext import undo
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_flows
+
+
+# Programs that another user runs, with the socket's path.
+_CONNECT = '''
+import socket, sys
+socket.socket(socket.AF_UNIX).connect(sys.argv[1])
+'''
+_REPLACE = '''
+import os, sys
+os.symlink('/etc/passwd', sys.argv[1] + '.mine')
+os.rename(sys.argv[1] + '.mine', sys.argv[1])
+'''
 
 
 class BackupTest(test_flows.SnapshotTestCase):
@@ -71,7 +88,7 @@ class BackupTest(test_flows.SnapshotTestCase):
                 self.assertTrue(stat.S_ISSOCK(status.st_mode))
                 self.assertEqual(os.getuid(), status.st_uid)
                 directory = os.stat(os.path.dirname(frozen.disks[0].socket))
-                self.assertEqual(0o710, stat.S_IMODE(directory.st_mode))
+                self.assertEqual(0o700, stat.S_IMODE(directory.st_mode))
         self.assert_whole(guest)
 
     def test_file_systems_are_quiesced(self):
@@ -86,7 +103,28 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertTrue(before <= counters[0][0] <= guest.counter() + 1)
         self.assert_whole(guest)
 
-    def test_foreign_backup_is_an_obstacle_and_goes_on(self):
+    def test_guest_that_thaws_first_is_crash_consistent(self):
+        guest = self.guest(guests.Disk('overlay'), mode='fs', agent=True)
+        guest.wait_agent()
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        another = connection.lookupByUUIDString(guest.uuid)
+        begin = our_guests.Guest.begin_backup
+
+        def thawed(ours, description):
+            another.fsThaw()
+            begin(ours, description)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.guest.Guest.begin_backup', thawed))
+        result, _ = self.take(guest, 'backup')
+        self.assertEqual('crash', result.consistency.value)
+        error = self.assertRaises(
+            exception.FreezeFailed, self.take, guest, 'backup', 'second',
+            quiesce=requests.Quiesce.REQUIRED)
+        self.assertIn('0 still were', str(error))
+        self.assert_whole(guest)
+
+    def test_foreign_block_copy_is_an_obstacle_and_goes_on(self):
         guest = self.guest(guests.Disk('overlay'))
         target = guest.directory / 'foreign'
         guest.domain.blockCopy(
@@ -99,44 +137,166 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertTrue(guest.domain.blockJobInfo('vda', 0))
         guest.domain.blockJobAbort('vda', 0)
 
-    def test_full_scratch_ends_the_job_and_the_guest_writes_on(self):
-        guest = self.guest(
-            guests.Disk('raw', size=256 * guests.MIB), churn=True, pace_ms=0,
-            start=False)
-        # Overwriting what was never written takes no room in the scratch.
-        images.run('qemu-io', '-f', 'raw', '-c', 'write -q -P 0x5a 0 256M',
-                   guest.disks[0].path)
-        guest.start()
-        small = self._small_filesystem(48)
+    def test_foreign_backup_is_an_obstacle_and_goes_on(self):
+        guest = self.guest(guests.Disk('overlay'))
+        guest.domain.backupBegin(
+            '<domainbackup mode="pull"><server transport="unix" '
+            'socket="/var/tmp/foreign.sock"/></domainbackup>', None)
+        began = time.monotonic()
+        for flow in ('backup', 'live', 'cold'):
+            error = self.assertRaises(
+                exception.NoFlowServes, self.take, guest, flow)
+            self.assertIn('another job of the guest is under way: backup',
+                          str(error))
+        # libvirt's lock holds whoever asks for another job 30 seconds.
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual('/var/tmp/foreign.sock',
+                         self.ours(guest).backup_socket())
+        self.ours(guest).end_backup()
+
+    def test_nobody_else_gets_at_the_socket(self):
+        guest = self.guest(guests.Disk('overlay'))
         ours = self.ours(guest)
         flow = plugins.load(plugins.FLOWS, 'backup', 'test')()
+        sockets = self._directory('run')
+        qemu = pwd.getpwnam('libvirt-qemu')
+        nobody = pwd.getpwnam('nobody')
         with undo.UndoLog.create(
                 str(self.state), ours, hosts.PlainHost()) as log:
             with flow.freeze(
                     ours, ours.disks(),
-                    self.request(scratch_directory=str(small)),
+                    self.request(socket_directory=str(sockets)),
                     log) as frozen:
-                for _ in range(600):
-                    if frozen.why_lost() is not None:
-                        break
-                    guest.wait_writes_on(5)
-                self.assertIn('free for the scratch', frozen.why_lost())
-                for _ in range(100):
-                    if ours.backup_socket() is None:
-                        break
-                    time.sleep(0.1)
-                self.assertIsNone(ours.backup_socket())
-                guest.wait_writes_on(20)
-        self.assert_whole(guest)
-        self.assertNotIn('I/O error', guest.console.log.read_text())
+                socket = frozen.disks[0].socket
+                self.assertEqual(str(sockets), os.path.dirname(
+                    os.path.dirname(socket)))
+                self.assertEqual('', self._as_user(0, 0, _CONNECT, socket))
+                for user, group in ((nobody.pw_uid, nobody.pw_gid),
+                                    (nobody.pw_uid, ours.qemu_gid()),
+                                    (qemu.pw_uid, ours.qemu_gid())):
+                    for attempt in (_CONNECT, _REPLACE):
+                        self.assertIn('PermissionError', self._as_user(
+                            user, group, attempt, socket))
+                self.assertEqual('', self._as_user(0, 0, _CONNECT, socket))
+        self.assertEqual([], list(sockets.iterdir()))
+
+    def _as_user(self, uid, gid, program, *arguments) -> str:
+        """:returns: what it says on its standard error"""
+        return subprocess.run(
+            ['/usr/bin/python3', '-c', program, *arguments], user=uid,
+            group=gid, extra_groups=[], stderr=subprocess.PIPE, text=True,
+            check=False).stderr
+
+
+class ScratchTest(test_flows.SnapshotTestCase):
+    """The scratch on a small file system, of a guest that writes hard."""
+
+    def setUp(self):
+        super().setUp()
+        self.used_guest = self.guest(
+            guests.Disk('raw', size=256 * guests.MIB), churn=True, pace_ms=0,
+            start=False)
+        # Overwriting what was never written takes no room in the scratch.
+        images.run('qemu-io', '-f', 'raw', '-c', 'write -q -P 0x5a 0 256M',
+                   self.used_guest.disks[0].path)
+        self.used_guest.start()
+        self.ours_ = self.ours(self.used_guest)
+        self.set('_LEAST_AHEAD', 16 * guests.MIB)
+
+    def set(self, name, value):
+        self.useFixture(fixtures.MonkeyPatch(
+            f'nova_snapshot_ext.scratch.{name}', value))
+
+    @contextlib.contextmanager
+    def frozen_disk(self, scratch):
+        flow = plugins.load(plugins.FLOWS, 'backup', 'test')()
+        with undo.UndoLog.create(
+                str(self.state), self.ours_, hosts.PlainHost()) as log:
+            with flow.freeze(
+                    self.ours_, self.ours_.disks(),
+                    self.request(scratch_directory=str(scratch)),
+                    log) as frozen:
+                yield frozen
+
+    def wait(self, condition, what):
+        deadline = time.monotonic() + 120
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, what)
+            time.sleep(0.1)
+
+    def assert_ended_in_time(self, frozen, reason):
+        """The job is, by us, and the guest never stood still for it."""
+        self.wait(lambda: frozen.why_lost() is not None, 'it is not ended')
+        self.assertIn(reason, frozen.why_lost())
+        self.wait(lambda: self.ours_.backup_socket() is None, 'it is there')
+
+    def assert_unharmed(self):
+        self.used_guest.wait_writes_on(20)
+        self.assert_whole(self.used_guest)
+        self.assertNotIn('I/O error',
+                         self.used_guest.console.log.read_text())
+
+    def test_full_scratch_ends_the_job_and_the_guest_writes_on(self):
+        states = []
+        paused = our_guests.Guest.is_paused_by_io_error
+
+        def watched(ours):
+            states.append(paused(ours))
+            return states[-1]
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.guest.Guest.is_paused_by_io_error', watched))
+        with self.frozen_disk(self._small_filesystem(48)) as frozen:
+            self.assert_ended_in_time(frozen, 'No space left on device')
+            self.assert_unharmed()
+        self.assertEqual({False}, set(states))
+
+    def test_guest_that_was_paused_is_resumed_at_the_end(self):
+        # As if its owner did nothing for it, or were too slow.
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.scratch.Watch.look', lambda watch: True))
+        with self.frozen_disk(self._small_filesystem(48)):
+            self.wait(self.ours_.is_paused_by_io_error, 'it is not full')
+        self.assert_unharmed()
+
+    def test_guest_that_was_paused_is_resumed_at_the_next_look(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.scratch.Files.reserve_ahead',
+            lambda files: None))
+        with self.frozen_disk(self._small_filesystem(48)) as frozen:
+            self.assert_ended_in_time(frozen, 'paused by an I/O error')
+            self.assert_unharmed()
+
+    def test_scratch_that_has_all_it_can_need_is_never_ended(self):
+        # More than its file system has, were it not for the disk's size.
+        self.set('_LEAST_AHEAD', 1024 * guests.MIB)
+        with self.frozen_disk(self._small_filesystem(300)) as frozen:
+            self.used_guest.wait_writes_on(100)
+            self.assertIsNone(frozen.why_lost())
+            self.assertIsNotNone(self.ours_.backup_socket())
+        self.assert_unharmed()
+
+    def test_quota_ends_the_job_and_the_guest_writes_on(self):
+        # Not of a user: those are not for root, who runs this.
+        scratch = self._mounted('mkfs.btrfs', '-q', mib=256)
+        images.run('btrfs', 'quota', 'enable', scratch)
+        images.run('btrfs', 'qgroup', 'limit', '48M', scratch)
+        with self.frozen_disk(scratch) as frozen:
+            self.assert_ended_in_time(frozen, 'Disk quota exceeded')
+            self.assert_unharmed()
 
     def _small_filesystem(self, mib: int) -> pathlib.Path:
+        directory = self._mounted(
+            'mke2fs', '-q', '-t', 'ext4', '-m', '0', mib=mib)
+        (directory / 'lost+found').rmdir()
+        return directory
+
+    def _mounted(self, *mkfs: str, mib: int) -> pathlib.Path:
         """A directory with little room that QEMU sees too."""
         directory = self._directory('scratch')
-        file = self.work / 'small.ext4'
+        file = self.work / 'small'
         with open(file, 'wb') as blocks:
             blocks.truncate(mib * guests.MIB)
-        images.run('mke2fs', '-q', '-t', 'ext4', '-m', '0', file)
+        images.run(*mkfs, file)
         device = images.run('losetup', '--find', '--show', file).strip()
         self.addCleanup(images.run, 'losetup', '--detach', device)
         mount = ('mount', device, directory)
@@ -145,6 +305,5 @@ class BackupTest(test_flows.SnapshotTestCase):
         images.run(*self.libvirtd.inside(*mount))
         self.addCleanup(images.run, *self.libvirtd.inside(
             'umount', directory))
-        (directory / 'lost+found').rmdir()
         directory.chmod(0o755)
         return directory

@@ -73,6 +73,7 @@ class SnapshotTestCase(base.FunctionalTestCase):
             staging_directory=str(self.staging), staging_setting='staging',
             scratch_directory=str(self.staging),
             state_directory=str(self.state),
+            socket_directory=str(self.state),
             managed_save_directory='/var/lib/libvirt/qemu/save',
             freeze_timeout=10, copy_timeout=60, convert_timeout=300)
         return requests.Request(**(arguments | changes))
@@ -185,13 +186,40 @@ class ColdTest(SnapshotTestCase):
         guest.domain.create()
         self.assert_whole(guest)
 
-    def test_raw_and_block_disks_are_read_while_it_is_stopped(self):
-        for kind in ('raw', 'block'):
+    def test_guest_with_raw_and_block_disks_runs_on_too(self):
+        guest = self.guest(guests.Disk('raw'), guests.Disk('block'))
+        ours = self.ours(guest)
+        flow = plugins.load(plugins.FLOWS, 'cold', 'test')()
+        guest.wait_writes_on()
+        with undo.UndoLog.create(
+                str(self.state), ours, hosts.PlainHost()) as log:
+            with flow.freeze(ours, ours.disks(), self.request(),
+                             log) as frozen:
+                guest.wait_writes_on(20)
+                paused = frozen.pause.seconds
+                images.check_point_in_time([
+                    (f'nbd+unix:///{disk.export}?socket={disk.socket}',
+                     'raw') for disk in frozen.disks])
+                self.assertEqual(paused, frozen.pause.seconds)
+        self.assert_whole(guest)
+
+    def test_raw_and_block_disks_give_images(self):
+        for kind, transfer in (('raw', 'streamed'), ('block', 'staged')):
             guest = self.guest(guests.Disk(kind))
             before = guest.wait_writes_on()
-            _, image = self.take(guest, 'cold', kind)
+            result, image = self.take(guest, 'cold', kind, transfer)
             self.assert_good(image, before, guest.counter())
+            self.assertGreater(result.guest_pause_s, 0.1)
             self.assert_whole(guest)
+
+    def test_paused_guest_with_a_raw_disk_stays_paused(self):
+        guest = self.guest(guests.Disk('raw'))
+        guest.domain.suspend()
+        _, image = self.take(guest, 'cold')
+        self.assert_good(image, guest.counter(), guest.counter())
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED, guest.domain.state()[0])
+        guest.domain.resume()
+        self.assert_whole(guest)
 
     def test_raw_disk_beside_does_not_keep_the_snapshot_in_the_image(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))

@@ -44,7 +44,7 @@ _BEGIN = textwrap.dedent('''
         image_format='qcow2', compress=False,
         quiesce=request.Quiesce.IF_POSSIBLE, staging_directory=staging,
         staging_setting='staging', scratch_directory=staging,
-        state_directory=state,
+        state_directory=state, socket_directory=state,
         managed_save_directory='/', freeze_timeout=10, copy_timeout=60,
         convert_timeout=60)
     if place != 'frozen':
@@ -52,8 +52,8 @@ _BEGIN = textwrap.dedent('''
         if place == 'thaw_filesystems':
             setattr(guest.Guest, place, stop)
         else:
-            def after(self, *arguments):
-                original(self, *arguments)
+            def after(self, *arguments, **more):
+                original(self, *arguments, **more)
                 stop()
             setattr(guest.Guest, place, after)
     with guard.Guard() as guarding:
@@ -106,6 +106,32 @@ class GuardTest(test_flows.SnapshotTestCase):
         self.addDetail('seconds', test_flows.text(f'{seconds:.2f}'))
         self._wait_clean()
         self.assert_whole(guest)
+
+    def test_guest_that_waits_for_its_job_runs_on(self):
+        # Started paused; then with the job begun; then it runs and is read.
+        for place in ('start', 'begin_backup', 'frozen'):
+            guest = self.guest(guests.Disk('raw'))
+            seconds = self._killed(guest, 'cold', place)
+            self.addDetail(place, test_flows.text(f'{seconds:.2f}'))
+            self._wait_clean()
+            self.assert_whole(guest)
+            self.assertIsNone(self.ours(guest).job())
+            guest.destroy()
+
+    def test_paused_guest_stays_paused_when_its_job_is_killed(self):
+        for place in ('start', 'begin_backup', 'frozen'):
+            guest = self.guest(guests.Disk('raw'))
+            guest.domain.suspend()
+            process = self._begun(guest, 'cold', place)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            self._wait_clean()
+            self.assertEqual(libvirt.VIR_DOMAIN_PAUSED,
+                             guest.domain.state()[0])
+            self.assertIsNone(self.ours(guest).job())
+            guest.domain.resume()
+            self.assert_whole(guest)
+            guest.destroy()
 
     def test_internal_snapshot_is_deleted(self):
         guest = self.guest(guests.Disk('overlay'))

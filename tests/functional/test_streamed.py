@@ -85,6 +85,7 @@ class StreamedTestCase(testtools.TestCase):
             'staging_directory': directory, 'staging_setting': 'staging',
             'scratch_directory': directory,
             'state_directory': directory,
+            'socket_directory': directory,
             'managed_save_directory': directory, 'freeze_timeout': 10,
             'copy_timeout': 60, 'convert_timeout': 60, **changes})
 

@@ -86,6 +86,7 @@ class TestCase(testtools.TestCase):
             'staging_setting': '--staging',
             'scratch_directory': self.staging,
             'state_directory': self.state,
+            'socket_directory': self.state,
             'managed_save_directory': self.save,
             'freeze_timeout': 10,
             'copy_timeout': 60,

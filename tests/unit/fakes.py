@@ -102,6 +102,7 @@ class FakeDomain:
         self.kib = 524288
         self.capacity = 1024 ** 2
         self.job = libvirt.VIR_DOMAIN_JOB_NONE
+        self.job_operation = libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE
         self.disks = ''
         self.devices = ''
         self.rest = ''
@@ -137,7 +138,7 @@ class FakeDomain:
     def gone(self) -> None:
         """From now on there is no such domain."""
         for name in ('state', 'fsFreeze', 'fsThaw', 'XMLDesc', 'blockInfo',
-                     'blockJobInfo', 'jobInfo', 'createWithFlags',
+                     'blockJobInfo', 'jobStats', 'createWithFlags',
                      'managedSave', 'agentSetResponseTimeout',
                      'hasManagedSaveImage'):
             self.errors[name] = libvirt_error(libvirt.VIR_ERR_NO_DOMAIN)
@@ -189,9 +190,9 @@ class FakeDomain:
 
     # Jobs
 
-    def jobInfo(self) -> list[int]:
-        self._may_fail('jobInfo')
-        return [self.job]
+    def jobStats(self) -> dict[str, int]:
+        self._may_fail('jobStats')
+        return {'type': self.job, 'operation': self.job_operation}
 
     def blockJobInfo(self, target: str, flags: int) -> dict[str, int]:
         self._may_fail('blockJobInfo')
@@ -255,9 +256,11 @@ class FakeDomain:
         self.off(libvirt.VIR_DOMAIN_SHUTOFF_SAVED)
 
     def createWithFlags(self, flags: int) -> None:
-        self._called('createWithFlags')
+        paused = flags == libvirt.VIR_DOMAIN_START_PAUSED
+        self._called('createWithFlags', *['paused'] * paused)
         self.current_state = (
-            self.saved_state if self.managed_save
+            [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+            if paused else self.saved_state if self.managed_save
             else [libvirt.VIR_DOMAIN_RUNNING, 1])
         self.managed_save = False
 

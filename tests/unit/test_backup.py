@@ -21,7 +21,6 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import backup
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import request as requests
-from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import doubles
 from tests.unit import fakes
@@ -59,7 +58,25 @@ class TestObstacle(BackupTestCase):
         self.domain.copies['vdb'] = '/theirs'
         self.assertIn('vdb has a block job (copy)', self.obstacle())
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        self.assertIn('another job', self.obstacle())
+        self.assertIn('another job of the guest is under way: save',
+                      self.obstacle())
+
+    def test_migrating_guest_is_not(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.job_operation = (
+            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+        # What else is asked of libvirt would wait for the migration.
+        self.domain.errors['blockJobInfo'] = AssertionError('asked')
+        self.assertIn('under way: migration', self.obstacle())
+
+    def test_encrypted_disk_is_not(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            '/a', inside="<encryption format='luks'/>")
+        self.assertIn('vda is encrypted', self.obstacle())
+
+    def test_scratch_must_have_its_place(self) -> None:
+        self.assertIn('scratch_directory = /none', self.obstacle(
+            scratch_directory='/none'))
 
     def test_quiesce_that_is_required_needs_the_agent(self) -> None:
         self.assertIn('no guest agent', self.obstacle(
@@ -133,55 +150,3 @@ class TestFreeze(BackupTestCase):
             self.journal.of('fs', 'backup', 'abort'))
         self.assertEqual([], os.listdir(self.staging))
         self.assertEqual(0, self.log.pending)
-
-    def test_directory_is_closed_before_the_socket_is_taken_over(
-            self) -> None:
-        modes = []
-        chown = self.host.chown
-
-        def look(path: str, uid: int, gid: int) -> None:
-            if uid != -1:
-                modes.append(os.stat(os.path.dirname(path)).st_mode & 0o777)
-            chown(path, uid, gid)
-        self.host.chown = look  # type: ignore[method-assign]
-        self.freeze()
-        self.assertEqual([0o710], modes)
-
-    def test_link_in_place_of_the_socket_is_not_followed(self) -> None:
-        target = self.new_file('theirs')
-        self.domain.bind = lambda path: os.symlink(target, path)
-        self.assertRaisesRegex(exception.FreezeFailed, 'is not a socket',
-                               self.freeze)
-        self.assertEqual([], self.journal.of('chown'))
-        self.assertEqual(['abortJob'], self.journal.of('abort'))
-
-
-class TestEndBackup(BackupTestCase):
-
-    def end(self, socket: str) -> None:
-        backup.end_backup(undo.Surroundings(self.guest, self.host),
-                          socket=socket)
-
-    def test_job_of_another_is_not_ended(self) -> None:
-        self.domain.backup = (
-            "<domainbackup><server socket='/theirs'/></domainbackup>")
-        self.end('/ours')
-        self.assertEqual([], self.journal)
-        self.end('/theirs')
-        self.assertEqual(['abortJob'], self.journal)
-
-    def test_no_job_and_no_guest_are_undone(self) -> None:
-        self.end('/ours')
-        self.domain.off()
-        self.end('/ours')
-        self.domain.gone()
-        self.end('/ours')
-        self.assertEqual([], self.journal)
-
-    def test_guest_that_its_scratch_paused_goes_on(self) -> None:
-        self.domain.backup = (
-            "<domainbackup><server socket='/ours'/></domainbackup>")
-        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
-                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
-        self.end('/ours')
-        self.assertEqual(['abortJob', 'resume'], self.journal)

@@ -263,6 +263,12 @@ class TestFlows(CommandTestCase):
         self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
         self.assertIn('no qcow2 header', self.out.getvalue())
 
+    def test_encrypted_disk_is_an_obstacle_of_every_flow(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, inside="<encryption format='luks'/>")
+        self.run_command('flows', 'instance-00000001')
+        self.assertEqual(3, self.out.getvalue().count('vda is encrypted'))
+
 
 class FakeBar:
     made: list['FakeBar'] = []

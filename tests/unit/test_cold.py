@@ -14,6 +14,7 @@ import os
 
 import libvirt
 
+from nova_snapshot_ext import disk
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import cold
 from nova_snapshot_ext import frozen
@@ -22,10 +23,7 @@ from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import doubles
 from tests.unit import fakes
-
-PCI = '<hostdev type="pci"><source><address bus="1" /></source></hostdev>'
-PORT = ('<interface type="hostdev"><source><address bus="2" /></source>'
-        '</interface>')
+from tests.unit import test_power
 
 
 class ColdTestCase(base.TestCase):
@@ -60,10 +58,28 @@ class TestObstacle(ColdTestCase):
         self.domain.disks = fakes.disk_xml('x', 'raw', kind='network')
         self.assertIn('network disk', self.obstacle())
 
+    def test_encrypted_disk_is_not_read(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, 'raw', inside="<encryption format='luks'/>")
+        for stop in (lambda: None, self.domain.off):
+            stop()
+            self.assertIn('vda is encrypted', self.obstacle())
+
     def test_every_layer_must_be_readable(self) -> None:
-        self.use_raw_disk()
         self.patch_name('os.access', lambda path, mode: False)
         self.assertIn(f'can not read {self.path}', self.obstacle())
+        self.use_raw_disk()
+        self.domain.off()
+        self.assertIn(f'can not read {self.path}', self.obstacle())
+
+    def test_raw_disk_of_a_running_guest_is_read_by_qemu(self) -> None:
+        self.use_raw_disk()
+        os_access = os.access
+        self.patch_name('os.access', lambda path, mode: (
+            path != self.path and os_access(path, mode)))
+        self.assertEqual('', self.obstacle())
+        self.assertIn('scratch_directory = /none',
+                      self.obstacle(scratch_directory='/none'))
 
     def test_guest_that_may_not_be_stopped_is_left_alone(self) -> None:
         self.assertIn('Nova owns', self.obstacle(may_stop=False))
@@ -85,7 +101,12 @@ class TestObstacle(ColdTestCase):
 
     def test_job_of_the_guest_is_not_disturbed(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        self.assertIn('another job', self.obstacle())
+        self.domain.errors['blockJobInfo'] = AssertionError('asked')
+        self.assertIn('another job of the guest is under way: save',
+                      self.obstacle())
+        self.domain.job_operation = (
+            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+        self.assertIn('under way: migration', self.obstacle())
 
     def test_job_of_any_disk_is_not_disturbed(self) -> None:
         self.domain.disks += fakes.disk_xml('/b', target='vdb')
@@ -117,9 +138,10 @@ class TestFreeze(ColdTestCase):
         self.log = self.new_log()
         self.journal.clear()
 
-    def freeze(self) -> frozen.Frozen:
-        with self.flow.freeze(self.guest, (self.guest.root_disk(),),
-                              self.request(), self.log) as found:
+    def freeze(self, disks: tuple[disk.Disk, ...] = ()) -> frozen.Frozen:
+        with self.flow.freeze(
+                self.guest, disks or (self.guest.root_disk(),),
+                self.request(), self.log) as found:
             self.journal.append('read here')
         return found
 
@@ -140,7 +162,7 @@ class TestFreeze(ColdTestCase):
                          self.domain.current_state[0])
 
     def test_each_undo_is_written_before_its_step(self) -> None:
-        self.domain.devices = PCI
+        self.domain.devices = test_power.PCI
         self.freeze()
         for before, after in (
                 ('flushed attach_device', 'detachDeviceFlags'),
@@ -151,7 +173,7 @@ class TestFreeze(ColdTestCase):
                             self.journal.index(after))
 
     def test_devices_come_back_after_the_guest(self) -> None:
-        self.domain.devices = PCI + PORT
+        self.domain.devices = test_power.PCI + test_power.PORT
         self.freeze()
         self.assertEqual(
             ['detachDeviceFlags', 'detachDeviceFlags', 'managedSave',
@@ -165,12 +187,49 @@ class TestFreeze(ColdTestCase):
         self.assertEqual([], [each for each in os.listdir(self.state)
                               if not each.endswith('.undo')])
 
-    def test_raw_disk_is_read_before_the_guest_is_started(self) -> None:
+    def test_job_on_a_raw_disk_begins_before_the_guest_runs(self) -> None:
         self.use_raw_disk()
-        self.freeze()
+        found = self.freeze()
         self.assertEqual(
-            ['managedSave', 'serve disk', 'read here', 'end serve',
-             'may_start', 'createWithFlags'], self.steps())
+            ['qemu-img create', 'flushed end_backup', 'managedSave',
+             'may_start', 'createWithFlags paused', 'backupBegin', 'resume',
+             'read here', 'abortJob'],
+            self.steps('qemu-img create', 'flushed end', 'backup', 'resume',
+                       'abort'))
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.domain.current_state[0])
+        self.assertEqual(frozen.Consistency.CRASH, found.consistency)
+        self.assertLess(0, found.pause.seconds)
+        self.assertEqual(found.pause.seconds, found.pause.seconds)
+        self.assertEqual([], os.listdir(self.staging))
+        self.assertEqual(0, self.log.pending)
+
+    def test_one_disk_that_is_raw_has_all_read_by_a_job(self) -> None:
+        self.domain.disks += fakes.disk_xml(self.new_file('b'), target='vdb')
+        self.freeze(self.guest.disks())
+        self.assertEqual(['backupBegin'], self.journal.of('backup'))
+        self.assertEqual([], self.journal.of('qemu-img snapshot'))
+
+    def test_qcow2_on_a_block_device_is_read_by_a_job(self) -> None:
+        self.domain.disks = fakes.disk_xml(self.path, 'qcow2', kind='block')
+        self.freeze()
+        self.assertEqual(['backupBegin'], self.journal.of('backup'))
+
+    def test_job_of_a_paused_guest_leaves_it_paused(self) -> None:
+        self.use_raw_disk()
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        self.freeze()
+        self.assertEqual(['backupBegin'],
+                         self.journal.of('backup', 'resume'))
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED,
+                         self.domain.current_state[0])
+
+    def test_scratch_of_a_full_file_system_stops_no_guest(self) -> None:
+        self.use_raw_disk()
+        self.qemu_img.fails.add('create')
+        self.assertRaises(exception.CommandFailed, self.freeze)
+        self.assertEqual([], self.steps())
+        self.assertEqual(0, self.log.pending)
 
     def test_paused_guest_comes_back_paused(self) -> None:
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
@@ -207,7 +266,7 @@ class TestFreeze(ColdTestCase):
 
     def test_guest_is_started_when_the_snapshot_can_not_be_made(
             self) -> None:
-        self.domain.devices = PCI
+        self.domain.devices = test_power.PCI
         self.qemu_img.fails.add('-c')
         self.assertRaises(exception.CommandFailed, self.freeze)
         self.assertEqual(
@@ -216,7 +275,7 @@ class TestFreeze(ColdTestCase):
         self.assertEqual(0, self.log.pending)
 
     def test_devices_come_back_when_the_save_fails(self) -> None:
-        self.domain.devices = PCI
+        self.domain.devices = test_power.PCI
         self.domain.errors['managedSave'] = fakes.libvirt_error(
             libvirt.VIR_ERR_OPERATION_FAILED)
         self.assertRaises(exception.SnapshotError, self.freeze)
@@ -224,11 +283,22 @@ class TestFreeze(ColdTestCase):
             ['detachDeviceFlags', 'managedSave', 'attachDeviceFlags'],
             self.journal.of('detach', 'managed', 'create', 'attach'))
 
-    def test_guest_is_started_when_reading_fails(self) -> None:
+    def test_guest_runs_on_when_the_job_can_not_begin(self) -> None:
         self.use_raw_disk()
+        self.domain.errors['backupBegin'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED)
+        self.assertRaises(exception.SnapshotError, self.freeze)
+        self.assertEqual(
+            ['createWithFlags paused', 'backupBegin', 'resume'],
+            self.journal.of('create', 'backup', 'resume', 'abort'))
+        self.assertEqual(0, self.log.pending)
+
+    def test_guest_runs_on_when_reading_fails(self) -> None:
         self.nbd.error = exception.FreezeFailed('no socket')
         self.assertRaises(exception.FreezeFailed, self.freeze)
-        self.assertEqual('createWithFlags', self.steps()[-1])
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.domain.current_state[0])
+        self.assertEqual(0, self.log.pending)
 
     def test_save_is_kept_when_the_start_fails(self) -> None:
         self.domain.errors['createWithFlags'] = fakes.libvirt_error(
@@ -254,115 +324,11 @@ class TestFreeze(ColdTestCase):
         self.assertNotIn('force-share', self.nbd.options)
 
 
-class TestUndo(ColdTestCase):
+class TestRestoreOwner(ColdTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch_name('time.sleep', lambda seconds: None)
         self.around = undo.Surroundings(self.guest, self.host)
-        self.rebooted = undo.Surroundings(self.guest, self.host, True)
-        self.orphaned = undo.Surroundings(
-            self.guest, self.host, owner_died=True)
-        self.now = 0.0
-        self.patch_name('time.monotonic', lambda: self.now)
-
-    def stop(self) -> None:
-        self.guest.save_memory()
-        self.journal.clear()
-
-    def test_guest_is_started_while_nobody_deletes_it(self) -> None:
-        self.stop()
-        cold.start_guest(self.around)
-        self.assertEqual(
-            ['may_start', 'createWithFlags', 'start lock is free'],
-            self.journal)
-
-    def test_start_twice_starts_once(self) -> None:
-        self.stop()
-        cold.start_guest(self.around)
-        cold.start_guest(self.around)
-        self.assertEqual(['createWithFlags'], self.journal.of('create'))
-
-    def test_guest_that_is_no_longer_ours_is_not_started(self) -> None:
-        self.stop()
-        self.host.allowed = False
-        cold.start_guest(self.around)
-        self.assertEqual([], self.journal.of('create'))
-        self.assertTrue(self.domain.managed_save)
-
-    def test_guest_is_not_started_after_a_reboot(self) -> None:
-        self.stop()
-        cold.start_guest(self.rebooted)
-        cold.attach_device(self.rebooted, device=PCI)
-        self.assertEqual([], self.journal)
-        self.assertTrue(self.domain.managed_save)
-
-    def test_guest_that_someone_shut_off_is_not_started(self) -> None:
-        self.domain.off()
-        cold.start_guest(self.around)
-        self.assertEqual([], self.journal.of('create'))
-
-    def test_guest_that_was_not_stopped_is_left_alone(self) -> None:
-        cold.start_guest(self.around)
-        self.assertEqual([], self.journal)
-
-    def test_save_that_is_under_way_is_waited_for(self) -> None:
-        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-
-        def saved(seconds: float) -> None:
-            self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
-            self.guest.save_memory()
-        self.patch_name('time.sleep', saved)
-        cold.start_guest(self.orphaned)
-        self.assertEqual(['managedSave', 'createWithFlags'],
-                         self.journal.of('managed', 'create'))
-
-    def test_job_of_another_is_not_waited_for_by_an_owner(self) -> None:
-        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        cold.start_guest(self.around)
-        self.assertEqual([], self.journal)
-
-    def test_save_of_a_dead_owner_may_still_wait_for_its_turn(self) -> None:
-        def saved(seconds: float) -> None:
-            self.now += 10.0
-            if self.now == 30.0:
-                self.guest.save_memory()
-        self.patch_name('time.sleep', saved)
-        cold.start_guest(self.orphaned)
-        self.assertEqual(['managedSave', 'createWithFlags'],
-                         self.journal.of('managed', 'create'))
-
-    def test_save_that_never_came_is_not_waited_for_without_end(
-            self) -> None:
-        def tick(seconds: float) -> None:
-            self.now += 10.0
-        self.patch_name('time.sleep', tick)
-        cold.start_guest(self.orphaned)
-        self.assertEqual([], self.journal)
-
-    def test_save_without_end_is_tried_again_later(self) -> None:
-        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-
-        def tick(seconds: float) -> None:
-            self.now += 100.0
-        self.patch_name('time.sleep', tick)
-        self.assertRaises(exception.UndoFailed, cold.start_guest,
-                          self.orphaned)
-
-    def test_device_waits_for_a_guest_that_will_be_started(self) -> None:
-        self.stop()
-        self.assertRaises(exception.UndoFailed, cold.attach_device,
-                          self.around, device=PCI)
-
-    def test_device_is_not_attached_to_a_guest_that_is_off(self) -> None:
-        self.domain.off()
-        cold.attach_device(self.around, device=PCI)
-        self.assertEqual([], self.journal)
-
-    def test_device_is_attached_once(self) -> None:
-        for _ in range(2):
-            cold.attach_device(self.around, device=PCI)
-        self.assertEqual(['attachDeviceFlags'], self.journal)
 
     def test_owner_is_given_back_if_the_device_is_there(self) -> None:
         self.domain.off()
@@ -373,68 +339,3 @@ class TestUndo(ColdTestCase):
     def test_libvirt_owns_the_disks_of_a_running_guest(self) -> None:
         cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
         self.assertEqual([], self.journal)
-
-
-class TestDelete(ColdTestCase):
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.patch_name('time.sleep', lambda seconds: None)
-        self.qemu_img = doubles.QemuImg(self.journal)
-        self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
-        self.patch_name('libvirt_qemu.qemuMonitorCommand',
-                        self.qemu_img.monitor)
-        self.qemu_img.path = self.path
-        self.qemu_img.snapshots = ['mine', 'theirs']
-
-    def delete(self, guest: object = 0) -> None:
-        cold.delete_internal_snapshot(
-            undo.Surroundings(self.guest if guest == 0 else None, self.host),
-            path=self.path, name='mine')
-
-    def test_running_guests_is_deleted_by_qemu(self) -> None:
-        self.delete()
-        self.assertEqual(['theirs'], self.qemu_img.snapshots)
-        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
-
-    def test_stopped_guests_is_deleted_by_qemu_img(self) -> None:
-        self.domain.off()
-        self.delete()
-        self.assertEqual(['theirs'], self.qemu_img.snapshots)
-        self.assertEqual(['qemu-img snapshot -d'],
-                         self.journal.of('qemu-img snapshot'))
-
-    def test_twice_does_no_harm(self) -> None:
-        self.delete()
-        self.delete()
-        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
-
-    def test_way_that_lies_is_found_out(self) -> None:
-        self.qemu_img.lies = True
-        self.assertRaisesRegex(
-            exception.SnapshotError, 'can not be deleted', self.delete)
-
-    def test_file_of_a_guest_that_is_gone_is_left_alone(self) -> None:
-        self.delete(None)
-        self.assertEqual(['mine', 'theirs'], self.qemu_img.snapshots)
-
-    def test_file_that_is_gone_has_none(self) -> None:
-        os.unlink(self.path)
-        self.delete(None)
-        self.assertEqual([], self.journal.of('delete', 'qemu-img snapshot'))
-
-    def test_disk_that_libvirt_gave_to_root_is_taken_back(self) -> None:
-        self.domain.off()
-        self.patch_name('os.access', lambda path, mode: False)
-        self.delete()
-        uid = os.stat(self.path).st_uid
-        self.assertEqual(
-            [f'chown {self.path} {os.getuid()} -1',
-             'qemu-img snapshot -d', f'chown {self.path} {uid} -1'],
-            self.journal.of('chown', 'qemu-img snapshot'))
-
-    def test_guest_that_stops_meanwhile(self) -> None:
-        self.qemu_img.before_delete = self.domain.off
-        self.qemu_img.fails.add('monitor')
-        self.delete()
-        self.assertEqual(['theirs'], self.qemu_img.snapshots)

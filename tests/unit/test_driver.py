@@ -413,6 +413,12 @@ class TestRequest(DriverTestCase):
         self.assertEqual(os.path.join(self.directory, 'snapshot-ext'),
                          self.taken_request().state_directory)
 
+    def test_sockets_are_with_the_state_or_where_it_is_set(self) -> None:
+        self.assertEqual(self.state, self.taken_request().socket_directory)
+        self.config(socket_directory='/run/sockets', group='snapshot_ext')
+        self.assertEqual('/run/sockets',
+                         self.taken_request().socket_directory)
+
     def test_snapshots_directory_is_made_as_nova_makes_it(self) -> None:
         path = os.path.join(self.directory, 'new', 'snapshots')
         self.config(snapshots_directory=path, group='libvirt')

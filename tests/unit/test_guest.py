@@ -93,6 +93,12 @@ class TestState(base.TestCase):
             '<seclabel model="apparmor"><label>x</label></seclabel>'
             '<seclabel model="dac"><label>+64055:+108</label></seclabel>')
         self.assertEqual(108, self.guest.qemu_gid())
+        self.domain.rest = (
+            '<seclabel model="dac"><label>qemu:no-such-group</label>'
+            '</seclabel>')
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'the group no-such-group, which does',
+            self.guest.qemu_gid)
 
 
 class TestDisks(base.TestCase):
@@ -112,11 +118,33 @@ class TestJobs(base.TestCase):
 
     def test_finished_job_is_not_under_way(self) -> None:
         for kind, expected in (
-                (libvirt.VIR_DOMAIN_JOB_NONE, False),
-                (libvirt.VIR_DOMAIN_JOB_COMPLETED, False),
-                (libvirt.VIR_DOMAIN_JOB_UNBOUNDED, True)):
+                (libvirt.VIR_DOMAIN_JOB_NONE, None),
+                (libvirt.VIR_DOMAIN_JOB_COMPLETED, None),
+                (libvirt.VIR_DOMAIN_JOB_UNBOUNDED, 'save')):
             self.domain.job = kind
-            self.assertEqual(expected, self.guest.job_under_way())
+            self.assertEqual(expected, self.guest.job())
+
+    def test_job_has_its_name(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        for operation, name in (
+                (libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT,
+                 'migration'),
+                (libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN, 'migration'),
+                (libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP, 'backup'),
+                (4711, 'of another kind')):
+            self.domain.job_operation = operation
+            self.assertEqual(name, self.guest.job())
+
+    def test_job_that_is_about_to_begin_counts(self) -> None:
+        # "backup job data missing", libvirt 9.0
+        self.domain.errors['jobStats'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR)
+        self.assertEqual('backup', self.guest.job())
+
+    def test_guest_that_does_not_run_has_none(self) -> None:
+        self.domain.errors['jobStats'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_INVALID)
+        self.assertIsNone(self.guest.job())
 
     def test_copy_keeps_the_domain_persistent(self) -> None:
         self.domain.disks = fakes.disk_xml('/a')

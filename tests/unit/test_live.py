@@ -58,7 +58,17 @@ class TestObstacle(LiveTestCase):
 
     def test_job_of_the_guest_is_not_disturbed(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
-        self.assertIn('another job', self.obstacle())
+        self.domain.errors['blockJobInfo'] = AssertionError('asked')
+        self.assertIn('another job of the guest is under way: save',
+                      self.obstacle())
+        self.domain.job_operation = (
+            libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+        self.assertIn('under way: migration', self.obstacle())
+
+    def test_encrypted_disk_is_not_served(self) -> None:
+        self.domain.disks = fakes.disk_xml(
+            self.path, inside="<encryption format='luks'/>")
+        self.assertIn('vda is encrypted', self.obstacle())
 
     def test_job_that_is_not_ours_is_not_ended(self) -> None:
         self.domain.copies['vda'] = '/theirs'

@@ -178,6 +178,51 @@ class TestQuiesced(base.TestCase):
             exception.FreezeFailed, 'still were', self.run_quiesced,
             requests.Quiesce.REQUIRED)
 
+    def answer_first_thaw_with_an_error(self) -> None:
+        # What a Windows guest does that let go by itself, after 10 seconds.
+        self.domain.errors['fsThaw'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "unable to execute QEMU agent command 'guest-fsfreeze-thaw'")
+
+        def thaw() -> None:
+            if len(self.journal.of('fsThaw')) == 2:
+                self.domain.frozen = 0
+                del self.domain.errors['fsThaw']
+        self.domain.before['fsThaw'] = thaw
+
+    def test_guest_that_was_faster_is_asked_to_thaw_once_more(self) -> None:
+        self.answer_first_thaw_with_an_error()
+        outcome = self.run_quiesced(requests.Quiesce.IF_POSSIBLE)
+        self.assertEqual(
+            ['flushed thaw', 'fsFreeze', 'frozen here', 'fsThaw', 'fsThaw'],
+            self.steps())
+        self.assertEqual(frozen.Consistency.CRASH, outcome.consistency)
+        self.assertEqual(0, self.log.pending)
+
+    def test_guest_that_was_faster_fails_if_it_is_required(self) -> None:
+        self.answer_first_thaw_with_an_error()
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'still were', self.run_quiesced,
+            requests.Quiesce.REQUIRED)
+        self.assertEqual(0, self.log.pending)
+
+    def test_undo_stays_when_the_second_thaw_fails_too(self) -> None:
+        self.domain.errors['fsThaw'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR)
+        self.assertRaises(guests.LibvirtError, self.run_quiesced,
+                          requests.Quiesce.IF_POSSIBLE)
+        self.assertEqual(2, len(self.journal.of('fsThaw')))
+        self.assertEqual(1, self.log.pending)
+
+    def test_agent_that_does_not_answer_is_not_asked_twice(self) -> None:
+        for code in (libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+                     libvirt.VIR_ERR_AGENT_UNSYNCED):
+            self.journal.clear()
+            self.domain.errors['fsThaw'] = fakes.libvirt_error(code)
+            self.assertRaises(guests.LibvirtError, self.run_quiesced,
+                              requests.Quiesce.IF_POSSIBLE)
+            self.assertEqual(1, len(self.journal.of('fsThaw')))
+
     def test_undo_stays_when_the_thaw_fails(self) -> None:
         self.domain.errors['fsThaw'] = fakes.libvirt_error(
             libvirt.VIR_ERR_AGENT_UNRESPONSIVE)

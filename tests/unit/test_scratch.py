@@ -10,60 +10,201 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""The scratch is watched: the job ends before the guest runs into it."""
+"""Room is reserved ahead of the guest, and what that comes to in time."""
 
+import errno
+import os
+import time
+
+import fixtures
 import libvirt
 
+from nova_snapshot_ext import exception
 from nova_snapshot_ext import scratch
 from tests.unit import base
+from tests.unit import doubles
+from tests.unit import fakes
 
 JOB = "<domainbackup><server socket='/ours'/></domainbackup>"
 MIB = 1024 ** 2
+CAPACITY = 10 * 1024 * MIB
 
 
-class TestWatch(base.TestCase):
+class ScratchTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
         self.domain.backup = JOB
-        self.free = 1024 * MIB
+        self.patch_name('nova_snapshot_ext.qemu_img.run',
+                        doubles.QemuImg(self.journal).run)
+        #: the room of the file system; None: it has no fallocate
+        self.room: int | None = 1024 * MIB
+        self.reserved = 0
+        self.calls = 0
+        self.patch_name('nova_snapshot_ext.scratch._allocate', self.allocate)
+
+    def allocate(self, descriptor: int, length: int) -> None:
+        self.calls += 1
+        if self.room is None:
+            raise OSError(errno.EOPNOTSUPP, '')
+        if length > self.room:
+            raise OSError(errno.EDQUOT, '')
+        self.reserved = length
+
+    def files(self, capacity: int = CAPACITY) -> scratch.Files:
+        made = scratch.made(self.staging, {'vda': capacity})
+        files = made.__enter__()
+        self.addCleanup(made.__exit__, None, None, None)
+        self.journal.clear()
+        return files
+
+    def written(self, length: int) -> None:
+        """The guest has overwritten so much."""
+        os.truncate(os.path.join(self.staging, 'vda'), length)
+
+
+class TestReserve(ScratchTestCase):
+
+    def test_room_to_begin_with_is_there_before_the_job(self) -> None:
+        self.files()
+        self.assertEqual(scratch.least_bytes(CAPACITY), self.reserved)
+        self.assertEqual(128 * MIB, self.reserved)
+
+    def test_job_is_not_begun_without_it(self) -> None:
+        self.room = 127 * MIB
+        self.assertRaisesRegex(
+            exception.FreezeFailed,
+            f'{self.staging}/vda holds 0 bytes, and can not be given room '
+            f'for {128 * MIB} more: Disk quota exceeded', self.files)
+
+    def test_reserve_stays_ahead_of_the_guest(self) -> None:
+        files = self.files()
+        self.written(10 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(138 * MIB, self.reserved)
+
+    def test_reserve_is_twice_what_was_written_between_two_looks(
+            self) -> None:
+        files = self.files()
+        self.written(100 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(300 * MIB, self.reserved)
+        self.written(101 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(301 * MIB, self.reserved)
+
+    def test_no_more_is_reserved_than_can_be_filled(self) -> None:
+        most = scratch.most_bytes(200 * MIB)
+        files = self.files(200 * MIB)
+        self.room = most
+        self.written(150 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(most, self.reserved)
+        self.assertLess(200 * MIB, most)
+        # Now it has all it can ever need: nothing is left to fail.
+        self.room = 0
+        self.written(190 * MIB)
+        files.reserve_ahead()
+
+    def test_guest_that_writes_nothing_costs_nothing(self) -> None:
+        files = self.files()
+        self.calls = 0
+        files.reserve_ahead()
+        self.assertEqual(0, self.calls)
+
+    def test_free_room_counts_where_none_can_be_reserved(self) -> None:
+        self.room = None
+        self.free = 128 * MIB
         self.patch_name('nova_snapshot_ext.workspace.free_bytes',
                         lambda path: self.free)
-        self.used = 0
-        self.patch_name('nova_snapshot_ext.scratch.Watch._used_bytes',
-                        lambda watch: self.used)
-        self.watch = scratch.Watch(self.guest, self.staging)
+        files = self.files()
+        files.reserve_ahead()
+        self.free -= 1
+        error = self.assertRaises(OSError, files.reserve_ahead)
+        self.assertIn('No space left on device', error.strerror)
+
+    def test_files_are_closed_at_the_end(self) -> None:
+        before = os.listdir('/proc/self/fd')
+        with scratch.made(self.staging, {'vda': CAPACITY}):
+            self.assertLess(len(before), len(os.listdir('/proc/self/fd')))
+        self.assertEqual(before, os.listdir('/proc/self/fd'))
+
+
+class TestAllocate(base.TestCase):
+
+    def test_blocks_come_and_the_size_stays(self) -> None:
+        path = self.new_file('scratch', b'data')
+        with open(path, 'r+b') as file:
+            scratch._allocate(file.fileno(), MIB)
+        status = os.stat(path)
+        self.assertEqual(4, status.st_size)
+        self.assertLessEqual(MIB, status.st_blocks * 512)
+
+    def test_what_is_not_possible_is_an_error(self) -> None:
+        path = self.new_file('scratch')
+        with open(path, 'rb') as file:
+            error = self.assertRaises(
+                OSError, scratch._allocate, file.fileno(), MIB)
+        self.assertEqual(errno.EBADF, error.errno)
+
+
+class TestWatch(ScratchTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.watch = scratch.Watch(self.guest, self.files())
+
+    def pause(self, reason: int) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, reason]
 
     def test_job_goes_on_while_there_is_room(self) -> None:
-        self.used = 10 * MIB
+        self.written(10 * MIB)
         self.assertTrue(self.watch.look())
         self.assertIsNone(self.watch.why_lost())
         self.assertEqual([], self.journal)
 
     def test_job_is_ended_before_the_room_is(self) -> None:
-        self.free = 31 * MIB
+        self.room = 137 * MIB
+        self.written(10 * MIB)
         self.assertFalse(self.watch.look())
         self.assertEqual(['abortJob'], self.journal)
-        self.assertIn(f'{31 * MIB} bytes are free', self.watch.why_lost())
-
-    def test_margin_grows_with_the_highest_rate(self) -> None:
-        self.used = 100 * MIB
-        self.assertTrue(self.watch.look())
-        self.free = 401 * MIB
-        self.assertTrue(self.watch.look())
-        self.free = 399 * MIB
-        self.assertFalse(self.watch.look())
+        self.assertIn('Disk quota exceeded', self.watch.why_lost() or '')
 
     def test_guest_that_was_paused_by_it_is_resumed_without_the_job(
             self) -> None:
-        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
-                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
         self.assertFalse(self.watch.look())
         self.assertEqual(['abortJob', 'resume'], self.journal)
-        self.assertIn('paused by an I/O error', self.watch.why_lost())
+        self.assertIn('paused by an I/O error', self.watch.why_lost() or '')
 
     def test_guest_that_was_paused_by_someone_is_not(self) -> None:
-        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
-                                     libvirt.VIR_DOMAIN_PAUSED_USER]
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_USER)
         self.assertTrue(self.watch.look())
         self.assertEqual([], self.journal)
+
+
+class TestWatching(ScratchTestCase):
+
+    def wait(self) -> None:
+        time.sleep(5 * scratch.POLL_S)
+
+    def test_libvirt_that_is_away_is_asked_again(self) -> None:
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_NO_CONNECT)
+        logged = self.useFixture(fixtures.FakeLogger())
+        with scratch.watching(self.guest, self.files()) as watch:
+            self.wait()
+            self.domain.errors.clear()
+            self.room = 0
+            self.written(10 * MIB)
+            self.wait()
+            self.assertIsNotNone(watch.why_lost())
+        self.assertEqual(1, logged.output.count('can not be looked after'))
+        self.assertEqual(['abortJob'], self.journal.of('abort'))
+
+    def test_guest_that_is_gone_needs_no_watch(self) -> None:
+        self.domain.gone()
+        logged = self.useFixture(fixtures.FakeLogger())
+        with scratch.watching(self.guest, self.files()):
+            self.wait()
+        self.assertEqual('', logged.output)

@@ -214,17 +214,6 @@ class TestTake(SnapshotTestCase):
             ['publish', 'remove image', 'undo demo', 'released demo'],
             journal.of('publish', 'undo', 'released', 'remove'))
 
-    def test_guest_that_waits_is_not_kept_for_the_upload(self) -> None:
-        bound, free = DemoTransfer(), DemoTransfer()
-        bound.independent = False
-        chosen = [snapshot.ChosenTransfer('bound', bound),
-                  snapshot.ChosenTransfer('free', free)]
-        plan = snapshot.Plan(self.guest.root_disk(), [], chosen, 1)
-        for waits, name in ((False, 'bound'), (True, 'free')):
-            found = frozen.Frozen((), frozen.Consistency.CRASH,
-                                  frozen.Pause(), waits)
-            self.assertEqual(name, plan.transfer_for(found).name)
-
     def test_guard_stands_before_the_guest_is_touched(self) -> None:
         self.take()
         self.assertLess(journal.index('guard'),
@@ -385,10 +374,10 @@ class TestPlan(SnapshotTestCase):
             exception.InvalidSetting, '^--staging = /none', self.plan,
             staging_directory='/none')
 
-    def test_path_of_the_state_directory_has_its_limit(self) -> None:
+    def test_path_of_sockets_has_its_limit(self) -> None:
         self.assertRaisesRegex(
-            exception.InvalidSetting, 'state_directory', self.plan,
-            state_directory='/' + 'x' * 100)
+            exception.InvalidSetting, 'socket_directory', self.plan,
+            socket_directory='/' + 'x' * 100)
 
     def test_encrypted_disk_is_refused(self) -> None:
         self.domain.disks = fakes.disk_xml(

@@ -91,10 +91,27 @@ class TestCheck(base.TestCase):
             self.staging)
 
     def test_path_of_a_socket_must_fit(self) -> None:
+        self.patch_name('os.access', lambda path, mode: True)
         longest = '/' + 'x' * (workspace.MAX_SOCKET_PARENT - 1)
         workspace.check_socket_parent(longest)
         self.assertRaises(exception.InvalidSetting,
                           workspace.check_socket_parent, longest + 'x')
+
+    def test_directory_of_sockets_can_be_made(self) -> None:
+        path = os.path.join(self.directory, 'a', 'b')
+        workspace.check_socket_parent(path)
+        self.assertFalse(os.path.exists(path))
+        self.patch_name('os.access', lambda path, mode: False)
+        self.assertRaisesRegex(
+            exception.InvalidSetting,
+            rf'socket_directory = {path} is not valid: user \d+ can not '
+            'make it', workspace.check_socket_parent, path)
+
+    def test_directory_of_sockets_can_be_written_to(self) -> None:
+        workspace.check_socket_parent(self.state)
+        self.assertRaisesRegex(
+            exception.InvalidSetting, 'must be an existing directory',
+            workspace.check_socket_parent, self.new_file('a'))
 
 
 class TestRoom(base.TestCase):

@@ -42,7 +42,7 @@ class OffFlow(base.Flow):
             request: requests.Request, log: undo.UndoLog,
     ) -> collections.abc.Iterator[frozen.Frozen]:
         with log.scope(), contextlib.ExitStack() as stack:
-            sockets = workspace.make_directory(request.state_directory, log)
+            sockets = workspace.make_socket_directory(request, log)
             yield frozen.Frozen(
                 tuple(stack.enter_context(qemu_nbd.serving(
                     disk.chain_options(disk.chain_of(each)),

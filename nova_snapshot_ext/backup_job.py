@@ -1,0 +1,148 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A backup job in pull mode: a guest's disks, exported as of one instant.
+
+QEMU exports them over NBD (virDomainBackupBegin), and keeps what the guest
+overwrites meanwhile in scratch files. Nothing of the disks is copied.
+"""
+
+import collections.abc
+import contextlib
+import os
+import stat
+from xml.etree import ElementTree
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import scratch
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+
+@undo.step
+@undo.with_guest
+def end_backup(around: undo.Surroundings, guest: guests.Guest,
+               socket: str) -> None:
+    """End the backup job that exports on our socket, and no other."""
+    if guest.state() is not guests.State.SHUTOFF and (
+            guest.backup_socket() == socket):
+        scratch.end_job(guest)
+
+
+def obstacle(guest: guests.Guest,
+             disks: collections.abc.Sequence[disks_.Disk],
+             request: requests.Request) -> str | None:
+    """Why there is no place for the scratch of a job, None if there is."""
+    directory = request.scratch_directory
+    try:
+        workspace.check_directory(
+            directory, '[snapshot_ext] scratch_directory')
+    except exception.InvalidSetting as error:
+        return str(error)
+    needed = sum(scratch.least_bytes(guest.capacity(disk.target))
+                 for disk in disks)
+    free = workspace.free_bytes(directory)
+    if free < needed:
+        return (f'its scratch needs {needed} bytes in {directory} to begin '
+                f'with, where {free} are free')
+    return None
+
+
+@contextlib.contextmanager
+def prepared(
+        guest: guests.Guest, disks: collections.abc.Sequence[disks_.Disk],
+        request: requests.Request, log: undo.UndoLog,
+) -> collections.abc.Iterator['Job']:
+    """Make what a job needs while the guest runs on, untouched.
+
+    The undo of the job is pushed here; the job's scope ends it.
+    """
+    group = guest.qemu_gid()
+    directory = workspace.make_directory(
+        request.scratch_directory, log, group)
+    sockets = workspace.make_socket_directory(request, log, group)
+    capacities = {disk.target: guest.capacity(disk.target) for disk in disks}
+    with scratch.made(directory, capacities) as files:
+        socket = os.path.join(sockets, 'nbd')
+        log.push(end_backup, socket=socket)
+        # QEMU makes the socket.
+        os.chmod(sockets, 0o770)
+        yield Job(guest, capacities, files, socket, log)
+
+
+class Job:
+    """A job that is begun, and then serves."""
+
+    def __init__(self, guest: guests.Guest, capacities: dict[str, int],
+                 files: scratch.Files, socket: str,
+                 log: undo.UndoLog) -> None:
+        """Use :func:`prepared`."""
+        self._guest = guest
+        self._capacities = capacities
+        self._files = files
+        self._socket = socket
+        self._log = log
+        self._description = _description(capacities, socket, files.paths)
+
+    def begin(self) -> None:
+        """Freeze the disks of the running or paused guest."""
+        self._guest.begin_backup(self._description)
+
+    @contextlib.contextmanager
+    def serving(
+            self, consistency: frozen.Consistency, pause: frozen.Pause,
+    ) -> collections.abc.Iterator[frozen.Frozen]:
+        """Watch the scratch for as long as the disks are read."""
+        with scratch.watching(self._guest, self._files) as watch:
+            _take_over(self._socket, self._log)
+            yield frozen.Frozen(
+                tuple(frozen.FrozenDisk(
+                    target, capacity, self._socket, target)
+                    for target, capacity in self._capacities.items()),
+                consistency, pause, why_lost=watch.why_lost)
+
+
+def _take_over(socket: str, log: undo.UndoLog) -> None:
+    """Have the socket that QEMU made for this process alone.
+
+    First nobody else may reach into its directory: who runs as QEMU could
+    have put a link in its place, and root would follow it; and other guests'
+    QEMU run as the same user.
+
+    :raises FreezeFailed: if it is no socket
+    """
+    os.chmod(os.path.dirname(socket), 0o700)
+    if not stat.S_ISSOCK(os.lstat(socket).st_mode):
+        raise exception.FreezeFailed(f'{socket} is not a socket')
+    log.surroundings.host.chown(socket, os.getuid(), -1)
+
+
+def _description(capacities: dict[str, int], socket: str,
+                 scratches: dict[str, str]) -> str:
+    """What virDomainBackupBegin takes
+    (https://libvirt.org/formatbackup.html): every disk named, or else
+    libvirt would take all.
+    """
+    backup = ElementTree.Element('domainbackup', mode='pull')
+    ElementTree.SubElement(backup, 'server', transport='unix', socket=socket)
+    disks = ElementTree.SubElement(backup, 'disks')
+    for target in capacities:
+        disk = ElementTree.SubElement(
+            disks, 'disk', name=target, backup='yes', type='file',
+            exportname=target)
+        ElementTree.SubElement(disk, 'driver', type=scratch.FORMAT)
+        ElementTree.SubElement(disk, 'scratch', file=scratches[target])
+    return ElementTree.tostring(backup, encoding='unicode')

@@ -1,0 +1,124 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Internal snapshots of qcow2 files, made while their guest is off.
+
+They are deleted whether it runs or not, and it is looked whether they are
+gone.
+"""
+
+import os
+import time
+import uuid
+
+from oslo_log import log as logging
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import power
+from nova_snapshot_ext import qemu_img
+from nova_snapshot_ext import undo
+
+LOG = logging.getLogger(__name__)
+
+# A snapshot counts every cluster anew, while the guest is stopped. QEMU's own
+# caches hold the tables of 256 GiB; these hold those of 1 TiB in use, and
+# take memory only as they fill.
+_TABLE_CACHES = {'l2-cache-size': 128 * 1024 ** 2,
+                 'refcount-cache-size': 64 * 1024 ** 2}
+
+
+def possible(disk: disks_.Disk) -> bool:
+    """Whether a disk can hold one."""
+    return disk.format == 'qcow2' and not disk.block
+
+
+def make(path: str, log: undo.UndoLog) -> str:
+    """Make one in a file that nobody has open.
+
+    :returns: its name
+    """
+    name = f'snapshot-ext-{uuid.uuid4().hex}'
+    log.push(delete_internal_snapshot, path=path, name=name)
+    _qemu_img_snapshot(log.surroundings, '-c', name, path)
+    return name
+
+
+@undo.step
+def delete_internal_snapshot(around: undo.Surroundings, path: str,
+                             name: str) -> None:
+    """Delete it, by QEMU's monitor or qemu-img, and see that it is gone.
+
+    The disk of a guest that is gone is left alone: it may be deleted at this
+    moment, or another host's by now.
+
+    :raises SnapshotError: if it is still there
+    """
+    for _ in range(5):
+        # The guest may start, stop or go meanwhile: then the other way is
+        # the right one, and the next round takes it.
+        try:
+            if power.is_gone(around) or not _has_snapshot(around, path, name):
+                return
+            _delete_snapshot(around, path, name)
+        except exception.SnapshotError as error:
+            LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
+            time.sleep(0.2)
+    if not power.is_gone(around) and _has_snapshot(around, path, name):
+        raise exception.UndoFailed(
+            f'The internal snapshot {name} of {path} can not be deleted')
+
+
+def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:
+    guest = power.running_guest(around)
+    node = None if guest is None else guest.format_node(path)
+    if node is not None:
+        found = node['image']
+    elif os.path.exists(path):
+        found = disks_.image_info(disks_.Layer(path, 'qcow2'))
+    else:
+        found = {}
+    return any(snapshot['name'] == name
+               for snapshot in found.get('snapshots', ()))
+
+
+def _delete_snapshot(around: undo.Surroundings, path: str,
+                     name: str) -> None:
+    guest = power.running_guest(around)
+    if guest is None:
+        _qemu_img_snapshot(around, '-d', name, path)
+        return
+    node = guest.format_node(path)
+    if node is not None:
+        # virDomainSnapshotDelete answers 0 and does nothing where a raw
+        # disk is attached as well (libvirt 9.0, which ignores what HMP's
+        # delvm answers).
+        guest.monitor('blockdev-snapshot-delete-internal-sync',
+                      device=node['node-name'], name=name)
+
+
+def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
+                       path: str) -> None:
+    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+    status = os.stat(path)
+    borrowed = not os.access(path, os.W_OK)
+    if borrowed:
+        # libvirt gives the disk of a stopped guest to root where it could
+        # not remember whose it was.
+        around.host.chown(os.path.realpath(path), os.getuid(), -1)
+    try:
+        qemu_img.run('snapshot', action, name, disks_.json_name(
+            disks_.layer_options(disks_.Layer(path, 'qcow2'))
+            | _TABLE_CACHES))
+    finally:
+        if borrowed:
+            around.host.chown(os.path.realpath(path), status.st_uid, -1)

@@ -1,0 +1,159 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A guest stopped with its memory saved, and how it comes back."""
+
+import collections.abc
+import time
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import undo
+
+_POLL_S = 0.05
+# How long a managed save that its owner did not live to see may take.
+_SAVE_TIMEOUT_S = 600.0
+# How long libvirt may keep such a call waiting for the domain's lock
+# (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
+_LOCK_WAIT_S = 35.0
+
+
+@undo.step
+@undo.with_guest
+def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
+    """Start a guest that we stopped.
+
+    :raises UndoFailed: if it is still being stopped
+    """
+    begun = time.monotonic()
+    while guest.state() is not guests.State.SHUTOFF:
+        waited = time.monotonic() - begun
+        # An owner that lives knows how its call ended.
+        if not around.owner_died or (
+                guest.job() is None and waited > _LOCK_WAIT_S):
+            return
+        if waited > _SAVE_TIMEOUT_S:
+            raise exception.UndoFailed(
+                f'The memory of {guest.name} is still being saved')
+        time.sleep(_POLL_S)
+    with around.host.may_start() as allowed:
+        if allowed and guest.has_managed_save():
+            guest.start()
+
+
+@undo.step
+@undo.with_guest
+def let_run(around: undo.Surroundings, guest: guests.Guest,
+            was_running: bool) -> None:
+    """Start a guest whose memory is saved, as it was; or have it run on.
+
+    Its owner may have died when it was started and did not run yet, or when
+    libvirt had not begun to start it.
+    """
+    with around.host.may_start() as allowed:
+        if not allowed:
+            return
+        state = guest.state()
+        if state is guests.State.SHUTOFF and guest.has_managed_save():
+            guest.start()
+        elif state is guests.State.PAUSED and was_running:
+            guest.resume()
+
+
+@undo.step
+@undo.with_guest
+def attach_device(around: undo.Surroundings, guest: guests.Guest,
+                  device: str) -> None:
+    """Give back a device of the host, once the guest runs again.
+
+    :raises UndoFailed: if the guest was not started yet
+    """
+    if guest.state() is not guests.State.SHUTOFF:
+        guest.attach(device)
+    elif guest.has_managed_save():
+        raise exception.UndoFailed(f'{guest.name} was not started')
+
+
+def running_guest(around: undo.Surroundings) -> guests.Guest | None:
+    """The guest, if it has its disks open."""
+    if around.guest is None:
+        return None
+    try:
+        off = around.guest.state() is guests.State.SHUTOFF
+    except exception.GuestGone:
+        return None
+    return None if off else around.guest
+
+
+def is_gone(around: undo.Surroundings) -> bool:
+    if around.guest is None:
+        return True
+    try:
+        around.guest.state()
+    except exception.GuestGone:
+        return True
+    return False
+
+
+class Stopped:
+    """A guest that we stopped, until it is back by one of its methods."""
+
+    def __init__(self, guest: guests.Guest, log: undo.UndoLog,
+                 pause: frozen.Pause) -> None:
+        """Take the guest's host devices, save its memory and stop it.
+
+        :param pause: gets the time until it runs again
+        """
+        self._guest = guest
+        self._log = log
+        self._pause = pause
+        self._was_running = guest.state() is guests.State.RUNNING
+        self._devices = []
+        for device in guest.host_devices():
+            self._devices.append(log.push(attach_device, device=device))
+            guest.detach(device)
+        self._start = log.push(start_guest)
+        pause.begin()
+        guest.save_memory()
+
+    def start(self) -> None:
+        """Start it, in the state that it had."""
+        self._start.run()
+        self._is_back()
+
+    def start_after(self, begin: collections.abc.Callable[[], None]) -> None:
+        """Start it, with something begun before it runs.
+
+        :param begin: what needs a guest that was started
+        :raises FreezeFailed: if it is not ours to start any more
+        """
+        back = self._log.push(let_run, was_running=self._was_running)
+        # From here on the save is known to be whole: nobody has to wait for
+        # it before the guest runs on.
+        self._start.drop()
+        with self._log.surroundings.host.may_start() as allowed:
+            if not allowed or not self._guest.has_managed_save():
+                raise exception.FreezeFailed(
+                    f'{self._guest.name} is not ours to start any more: it '
+                    f'is being stopped or deleted, or was started meanwhile')
+            self._guest.start(paused=True)
+            begin()
+            if self._was_running:
+                self._guest.resume()
+        back.drop()
+        self._is_back()
+
+    def _is_back(self) -> None:
+        self._pause.end()
+        for entry in reversed(self._devices):
+            entry.run()

@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""A backup job: its scratch, its socket, and its end."""
+
+import os
+import stat
+
+import libvirt
+
+from nova_snapshot_ext import backup_job
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import undo
+from tests.unit import base
+from tests.unit import doubles
+from tests.unit import fakes
+
+
+class TestObstacle(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.disks = fakes.disk_xml('/a')
+
+    def obstacle(self, **changes: object) -> str:
+        return backup_job.obstacle(self.guest, self.guest.disks(),
+                                   self.request(**changes)) or ''
+
+    def test_scratch_needs_its_directory(self) -> None:
+        self.assertEqual('', self.obstacle())
+        self.assertIn(
+            '[snapshot_ext] scratch_directory = /none is not valid',
+            self.obstacle(scratch_directory='/none'))
+
+    def test_scratch_needs_room_to_begin_with(self) -> None:
+        self.domain.capacity = 1024 ** 4
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 128 * 1024 ** 2 - 1)
+        self.assertIn(f'needs {128 * 1024 ** 2} bytes in {self.staging}',
+                      self.obstacle())
+
+    def test_small_disk_needs_no_more_than_it_can_fill(self) -> None:
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 3 * 1024 ** 2)
+        self.assertEqual('', self.obstacle())
+
+
+class TestJob(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.watch_flushes()
+        self.domain.disks = fakes.disk_xml('/a')
+        self.domain.rest = (
+            '<seclabel model="dac"><label>+64055:+108</label></seclabel>')
+        self.patch_name('nova_snapshot_ext.qemu_img.run',
+                        doubles.QemuImg(self.journal).run)
+        self.sockets = os.path.join(self.directory, 'sockets')
+        self.log = self.new_log()
+        self.journal.clear()
+
+    def run_job(self) -> frozen.Frozen:
+        with self.log.scope(), backup_job.prepared(
+                self.guest, self.guest.disks(),
+                self.request(socket_directory=self.sockets),
+                self.log) as job:
+            self.modes = [self.mode(self.sockets), *self.own_modes()]
+            job.begin()
+            with job.serving(frozen.Consistency.CRASH,
+                             frozen.Pause()) as found:
+                self.modes += self.own_modes()
+        return found
+
+    def mode(self, path: str) -> int:
+        return stat.S_IMODE(os.stat(path).st_mode)
+
+    def own_modes(self) -> list[int]:
+        return [self.mode(os.path.join(self.sockets, name))
+                for name in os.listdir(self.sockets)]
+
+    def test_qemu_makes_the_socket_and_is_shut_out_then(self) -> None:
+        found = self.run_job()
+        self.assertEqual([0o711, 0o770, 0o700], self.modes)
+        socket = found.disks[0].socket
+        self.assertEqual(self.sockets,
+                         os.path.dirname(os.path.dirname(socket)))
+        chowns = [each.split()[1:] for each in self.journal.of('chown')]
+        self.assertEqual(
+            [['-1', '108'], ['-1', '108'], [str(os.getuid()), '-1']],
+            [each[1:] for each in chowns])
+        self.assertEqual(socket, chowns[-1][0])
+        self.assertEqual([], os.listdir(self.sockets))
+
+    def test_directory_is_closed_before_the_socket_is_taken_over(
+            self) -> None:
+        modes = []
+        chown = self.host.chown
+
+        def look(path: str, uid: int, gid: int) -> None:
+            if uid != -1:
+                modes.append(os.stat(os.path.dirname(path)).st_mode & 0o777)
+            chown(path, uid, gid)
+        self.host.chown = look  # type: ignore[method-assign]
+        self.run_job()
+        self.assertEqual([0o700], modes)
+
+    def test_link_in_place_of_the_socket_is_not_followed(self) -> None:
+        target = self.new_file('theirs')
+        self.domain.bind = lambda path: os.symlink(target, path)
+        self.assertRaisesRegex(exception.FreezeFailed, 'is not a socket',
+                               self.run_job)
+        self.assertEqual([], [each for each in self.journal.of('chown')
+                              if each.endswith(' -1')])
+        self.assertEqual(['abortJob'], self.journal.of('abort'))
+
+
+class TestEndBackup(base.TestCase):
+
+    def end(self, socket: str) -> None:
+        backup_job.end_backup(undo.Surroundings(self.guest, self.host),
+                              socket=socket)
+
+    def test_job_of_another_is_not_ended(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/theirs'/></domainbackup>")
+        self.end('/ours')
+        self.assertEqual([], self.journal)
+        self.end('/theirs')
+        self.assertEqual(['abortJob'], self.journal)
+
+    def test_no_job_and_no_guest_are_undone(self) -> None:
+        self.end('/ours')
+        self.domain.off()
+        self.end('/ours')
+        self.domain.gone()
+        self.end('/ours')
+        self.assertEqual([], self.journal)
+
+    def test_guest_that_its_scratch_paused_goes_on(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/ours'/></domainbackup>")
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
+                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        self.end('/ours')
+        self.assertEqual(['abortJob', 'resume'], self.journal)

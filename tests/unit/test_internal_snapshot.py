@@ -1,0 +1,88 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+"""An internal snapshot is deleted, and it is seen whether it was."""
+
+import os
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import internal_snapshot
+from nova_snapshot_ext import undo
+from tests.unit import base
+from tests.unit import doubles
+
+
+class TestDelete(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.new_file('disk', base.qcow2_header())
+        self.patch_name('time.sleep', lambda seconds: None)
+        self.qemu_img = doubles.QemuImg(self.journal)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
+        self.patch_name('libvirt_qemu.qemuMonitorCommand',
+                        self.qemu_img.monitor)
+        self.qemu_img.path = self.path
+        self.qemu_img.snapshots = ['mine', 'theirs']
+
+    def delete(self, guest: object = 0) -> None:
+        internal_snapshot.delete_internal_snapshot(
+            undo.Surroundings(self.guest if guest == 0 else None, self.host),
+            path=self.path, name='mine')
+
+    def test_running_guests_is_deleted_by_qemu(self) -> None:
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
+
+    def test_stopped_guests_is_deleted_by_qemu_img(self) -> None:
+        self.domain.off()
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['qemu-img snapshot -d'],
+                         self.journal.of('qemu-img snapshot'))
+
+    def test_twice_does_no_harm(self) -> None:
+        self.delete()
+        self.delete()
+        self.assertEqual(['delete by monitor'], self.journal.of('delete'))
+
+    def test_way_that_lies_is_found_out(self) -> None:
+        self.qemu_img.lies = True
+        self.assertRaisesRegex(
+            exception.SnapshotError, 'can not be deleted', self.delete)
+
+    def test_file_of_a_guest_that_is_gone_is_left_alone(self) -> None:
+        self.delete(None)
+        self.assertEqual(['mine', 'theirs'], self.qemu_img.snapshots)
+
+    def test_file_that_is_gone_has_none(self) -> None:
+        os.unlink(self.path)
+        self.delete(None)
+        self.assertEqual([], self.journal.of('delete', 'qemu-img snapshot'))
+
+    def test_disk_that_libvirt_gave_to_root_is_taken_back(self) -> None:
+        self.domain.off()
+        self.patch_name('os.access', lambda path, mode: False)
+        self.delete()
+        uid = os.stat(self.path).st_uid
+        self.assertEqual(
+            [f'chown {self.path} {os.getuid()} -1',
+             'qemu-img snapshot -d', f'chown {self.path} {uid} -1'],
+            self.journal.of('chown', 'qemu-img snapshot'))
+
+    def test_guest_that_stops_meanwhile(self) -> None:
+        self.qemu_img.before_delete = self.domain.off
+        self.qemu_img.fails.add('monitor')
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
