@@ -197,6 +197,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         convert_timeout=configuration.convert_timeout,
         mover_python=configuration.mover_python,
         bandwidth=configuration.bandwidth,
+        on_scratch_full=configuration.on_scratch_full,
         may_stop=options.force or not guest.belongs_to_nova())
 
 

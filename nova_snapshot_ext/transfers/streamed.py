@@ -18,6 +18,7 @@ length it knows first into a pipe.
 
 import collections.abc
 import contextlib
+import functools
 import secrets
 import typing
 
@@ -31,12 +32,6 @@ from nova_snapshot_ext.transfers import base
 from nova_snapshot_ext import undo
 
 FORMATS = ('qcow2', 'raw')
-
-#: Whether it also serves where the disk is deleted afterwards, so that the
-#: image is all that is left: when hundreds of random disks were compared bit
-#: by bit on the platforms that are supported (tests/functional,
-#: STREAMED_SOAK_DISKS). Nothing else decides that.
-SERVES_ONLY_COPIES = False
 
 
 @undo.step
@@ -113,9 +108,6 @@ class StreamedTransfer(base.Transfer):
                     f'{", ".join(FORMATS)}')
         if request.compress and request.image_format == 'qcow2':
             return 'it does not compress'
-        if request.only_copy and not SERVES_ONLY_COPIES:
-            return ('it does not serve yet where the disk is deleted '
-                    'afterwards')
         return mover_stream.why_not(request.mover_python)
 
     @contextlib.contextmanager
@@ -126,9 +118,12 @@ class StreamedTransfer(base.Transfer):
         with log.scope():
             token = secrets.token_hex(8)
             log.push(end_mover, token=token)
-            image = StreamedImage(mover_stream.command(
-                request.mover_python, f'--unix={disk.socket}',
-                f'--export={disk.export}', f'--format={request.image_format}',
-                f'--bandwidth={request.bandwidth}', f'--token={token}'))
-            with contextlib.closing(image):
-                yield image
+            with request.cancellation.ending(
+                    functools.partial(end_mover, log.surroundings, token)):
+                image = StreamedImage(mover_stream.command(
+                    request.mover_python, f'--unix={disk.socket}',
+                    f'--export={disk.export}',
+                    f'--format={request.image_format}',
+                    f'--bandwidth={request.bandwidth}', f'--token={token}'))
+                with contextlib.closing(image):
+                    yield image
