@@ -100,10 +100,10 @@ Possible values:
         default=0,
         min=0,
         help="""
-MiB that the transfer ``streamed`` reads of a guest's disk in a second, at
-most.
+MiB of a guest's disk that a transfer moves in a second, at most: what
+``streamed`` reads, or what ``staged`` writes into its file.
 
-Holes are not read, and do not count.
+Holes do not count.
 
 Possible values:
 

@@ -71,5 +71,5 @@ class Request:
     on_scratch_full: str = 'fail'
     #: an interpreter that has libnbd's binding
     mover_python: str = '/usr/bin/python3'
-    #: MiB a second that are read of a guest's disk at most, 0 for all
+    #: MiB of a guest's disk that are moved in a second at most, 0 for all
     bandwidth: int = 0

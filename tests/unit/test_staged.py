@@ -77,6 +77,11 @@ class TestStaged(base.TestCase):
         self.assertEqual(7, timeout)
         self.assertIsNotNone(limits)
 
+    def test_bandwidth_is_limited_if_that_is_asked_for(self) -> None:
+        self.assertNotIn('-r', self.convert())
+        command = self.convert(bandwidth=7)
+        self.assertEqual('7M', command[command.index('-r') + 1])
+
     def test_program_ends_with_the_snapshot(self) -> None:
         request = self.request()
         with self.transfer.image(self.disk, request, self.log):
