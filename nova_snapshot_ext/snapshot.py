@@ -241,26 +241,21 @@ class _Taking:
     log: undo.UndoLog
     meter: progress.Meter
     attendant: attendants.Attendant
-    #: the flow that froze the disk last
+    #: the flow that froze the disk last, and those that come after it
     flow: str = ''
+    rest: collections.abc.Sequence[selection.Candidate] = ()
 
     def run(self) -> _Taken:
         try:
             return self._by(self.planned.candidates)
         except exception.DiskThawed as error:
-            instead = self._instead()
+            instead = [candidate for candidate in self.rest
+                       if candidate.name == self.request.on_scratch_full]
             if not instead or self.log.pending:
                 raise
             LOG.warning('%s lost the frozen disk of %s: %s; %s begins anew',
                         self.flow, self.guest.name, error, instead[0].name)
             return self._by(instead, error)
-
-    def _instead(self) -> list[selection.Candidate]:
-        """What may serve where the scratch ran short of room."""
-        names = [each.name for each in self.planned.candidates]
-        rest = self.planned.candidates[names.index(self.flow) + 1:]
-        return [candidate for candidate in rest
-                if candidate.name == self.request.on_scratch_full]
 
     def _by(self, candidates: list[selection.Candidate],
             failure: Exception | None = None) -> _Taken:
@@ -315,7 +310,7 @@ class _Taking:
         :param release: gets what thaws the disk
         """
         disks = (self.planned.disk,)
-        for candidate in candidates:
+        for number, candidate in enumerate(candidates, 1):
             if failure is not None:
                 # What was planned may not hold any more.
                 why = candidate.flow.obstacle(self.guest, disks, self.request)
@@ -336,7 +331,7 @@ class _Taking:
                             self.guest.name, error)
                 failure = error
             else:
-                self.flow = candidate.name
+                self.flow, self.rest = candidate.name, candidates[number:]
                 return frozen
         assert failure is not None
         raise failure
@@ -361,6 +356,8 @@ class _Taking:
             off = self.guest.state() is guests.State.SHUTOFF
         except exception.GuestGone as gone:
             return gone
+        except exception.SnapshotError:
+            off = False     # nobody can say
         if off and ran:
             # Who deletes a server stops its guest first.
             self.attendant.report()

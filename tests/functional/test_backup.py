@@ -100,13 +100,7 @@ class BackupTest(test_flows.SnapshotTestCase):
         guest.domain.blockJobAbort('vda', 0)
 
     def test_full_scratch_ends_the_job_and_the_guest_writes_on(self):
-        guest = self.guest(
-            guests.Disk('raw', size=256 * guests.MIB), churn=True, pace_ms=0,
-            start=False)
-        # Overwriting what was never written takes no room in the scratch.
-        images.run('qemu-io', '-f', 'raw', '-c', 'write -q -P 0x5a 0 256M',
-                   guest.disks[0].path)
-        guest.start()
+        guest = self._hard_writing_guest()
         small = self._small_filesystem(48)
         ours = self.ours(guest)
         flow = plugins.load(plugins.FLOWS, 'backup', 'test')()
@@ -129,6 +123,36 @@ class BackupTest(test_flows.SnapshotTestCase):
                 guest.wait_writes_on(20)
         self.assert_whole(guest)
         self.assertNotIn('I/O error', guest.console.log.read_text())
+
+    def test_live_serves_where_the_scratch_ran_short(self):
+        guest = self._hard_writing_guest()
+        before = guest.wait_writes_on()
+        small = self._small_filesystem(48)
+        changes = dict(transfer='streamed', others=('live',), bandwidth=4,
+                       scratch_directory=str(small))
+        error = self.assertRaises(
+            exception.DiskThawed, self.take, guest, 'backup', **changes)
+        self.assertIn('free for the scratch', str(error))
+        self.assertEqual([], list(self.images.iterdir()))
+        self.assert_whole(guest)
+        changes['bandwidth'] = 16
+        result, image = self.take(
+            guest, 'backup', on_scratch_full='live', **changes)
+        self.assertEqual('live', result.flow)
+        self.assert_good(image, before, guest.counter())
+        self.assert_whole(guest)
+        self.assertEqual([], list(small.iterdir()))
+        self.assertNotIn('I/O error', guest.console.log.read_text())
+
+    def _hard_writing_guest(self) -> guests.Guest:
+        guest = self.guest(
+            guests.Disk('raw', size=256 * guests.MIB), churn=True, pace_ms=0,
+            start=False)
+        # Overwriting what was never written takes no room in the scratch.
+        images.run('qemu-io', '-f', 'raw', '-c', 'write -q -P 0x5a 0 256M',
+                   guest.disks[0].path)
+        guest.start()
+        return guest
 
     def _small_filesystem(self, mib: int) -> pathlib.Path:
         """A directory with little room that QEMU sees too."""
