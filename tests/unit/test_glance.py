@@ -433,6 +433,18 @@ class TestCheck(GlanceTestCase):
         self.assertEqual({}, self.server.images)
         self.service.check()
 
+    def test_own_deletion_while_it_is_asked_is_no_news(self) -> None:
+        real = self.service._request
+
+        def request(method: str, *arguments: typing.Any,
+                    **more: typing.Any) -> typing.Any:
+            if method == 'GET':
+                self.service._delete(IMAGE)
+            return real(method, *arguments, **more)
+        self.service._request = request  # type: ignore[method-assign]
+        self.service.check()
+        self.assertEqual({}, self.server.images)
+
 
 class TestVerify(GlanceTestCase):
 
