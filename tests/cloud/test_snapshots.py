@@ -184,7 +184,7 @@ class SlowTest(base.CloudTestCase):
 
     def _watch_and_end(self, transfer: str, *settings: str) -> None:
         # One start of nova-compute takes longer than all of this.
-        self.configure('snapshot_ext.bandwidth=1',
+        self.configure('snapshot_ext.bandwidth=8',
                        f'snapshot_ext.transfers={transfer}', *settings)
         server = self.server()
         self._see_progress_rise(server)
