@@ -33,7 +33,7 @@ To load it, nova.conf of nova-compute names it as a source of configuration::
 OPTS = [
     cfg.ListOpt(
         'flows',
-        default=['live', 'cold'],
+        default=['backup', 'live', 'cold'],
         help="""
 The flows that may serve when nobody asks for one, best first.
 
@@ -42,9 +42,9 @@ each earlier one was passed over is logged.
 
 Possible values:
 
-* names of installed flows: ``live`` (a running guest, by a block copy),
-  ``cold`` (a guest that is off, or stopped for a moment by a managed save),
-  ``backup`` (a running guest, by a backup job with a scratch)
+* names of installed flows: ``backup`` (a running guest, by a backup job with
+  a scratch), ``live`` (a running guest, by a block copy), ``cold`` (a guest
+  that is off, or stopped for a moment by a managed save)
 
 Related options:
 
@@ -66,7 +66,7 @@ Possible values:
 """),
     cfg.ListOpt(
         'transfers',
-        default=['staged'],
+        default=['streamed', 'staged'],
         help="""
 How the frozen disk becomes an image, best first; the first that can serve
 does. Why each earlier one was passed over is logged.
@@ -100,10 +100,10 @@ Possible values:
         default=0,
         min=0,
         help="""
-MiB that the transfer ``streamed`` reads of a guest's disk in a second, at
-most.
+MiB of a guest's disk that a transfer moves in a second, at most: what
+``streamed`` reads, or what ``staged`` writes into its file.
 
-Holes are not read, and do not count.
+Holes do not count.
 
 Possible values:
 
@@ -236,6 +236,29 @@ Possible values:
 
 * an absolute path that QEMU can reach too; by default ``[libvirt]
   snapshots_directory``
+
+Related options:
+
+* ``on_scratch_full``
+"""),
+    cfg.StrOpt(
+        'on_scratch_full',
+        default='fail',
+        choices=[
+            ('fail', 'the snapshot fails'),
+            ('live', 'the flow ``live`` begins anew, once'),
+        ],
+        help="""
+What happens to a snapshot that was ended because its scratch ran short.
+
+``live`` serves then if it comes after ``backup`` in ``flows`` and can serve
+the guest, and never where the request or the flavor named a flow. It takes as
+much room in ``[libvirt] snapshots_directory`` as the disk's own layer.
+
+Related options:
+
+* ``flows``
+* ``scratch_directory``
 """),
     cfg.StrOpt(
         'managed_save_directory',

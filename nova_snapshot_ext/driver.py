@@ -63,6 +63,12 @@ _GOING_DOWN = (task_states.DELETING, task_states.SOFT_DELETING,
 _LOCK_TIMEOUT_S = 60.0
 # How long guards that are at work are waited for when nova-compute starts.
 _GUARDS_TIMEOUT_S = 60.0
+_DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
+# What a server is doing while its snapshot is in flight.
+_IN_FLIGHT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP,
+              task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING)
+# How often a server's progress is written at most.
+_PROGRESS_S = 4.0
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
@@ -109,6 +115,39 @@ class NovaHost:
             return False
         self._driver.cpu_api.power_up_for_instance(instance)
         return True
+
+
+class ServerReport:
+    """Shows a snapshot's progress as the server's, and looks whether it is
+    being deleted; with an Instance of its own, as threads must not share
+    one."""
+
+    def __init__(self, uuid: str) -> None:
+        self._uuid = uuid
+        self._written = float('-inf')
+
+    def __call__(self, percent: int) -> None:
+        """:raises GuestGone: if the server is being deleted, or was"""
+        try:
+            instance = objects.Instance.get_by_uuid(
+                nova_context.get_admin_context(), self._uuid,
+                expected_attrs=[])
+            if instance.task_state in _DELETING:
+                raise exception.GuestGone(
+                    f'Server {self._uuid} is being deleted')
+            self._show(instance, percent)
+        except nova_exception.InstanceNotFound as error:
+            raise exception.GuestGone(
+                f'Server {self._uuid} was deleted') from error
+
+    def _show(self, instance: objects.Instance, percent: int) -> None:
+        now = time.monotonic()
+        if instance.progress == percent or (
+                percent and now - self._written < _PROGRESS_S):
+            return
+        self._written = now
+        instance.progress = percent
+        instance.save()
 
 
 @contextlib.contextmanager
@@ -193,6 +232,8 @@ class SnapshotLibvirtDriver(
             except Exception:
                 LOG.exception('%s could not be finished; snapshots of its '
                               'guest are refused until it is', path)
+        for instance in instances:
+            _forget_progress(instance)
         return instances
 
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
@@ -242,7 +283,8 @@ class SnapshotLibvirtDriver(
             snapshot.take(
                 guest, NovaHost(self, instance), planned, request, service,
                 self._description(instance, image, request.image_format),
-                verify_hash=verify_hash, before_upload=before_upload)
+                verify_hash=verify_hash, before_upload=before_upload,
+                report=ServerReport(instance.uuid))
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
@@ -284,7 +326,7 @@ class SnapshotLibvirtDriver(
             # we would start it again.
             may_stop=instance.task_state in _DISK_KEPT,
             disabled_flows=disabled,
-            only_copy=_disk_is_deleted(instance),
+            on_scratch_full=CONF.snapshot_ext.on_scratch_full,
             mover_python=CONF.snapshot_ext.mover_python,
             bandwidth=CONF.snapshot_ext.bandwidth,
             guest_share=CONF.snapshot_ext.guest_share,
@@ -329,6 +371,17 @@ def _finish(path: str, host: NovaHost, deadline: float) -> None:
         else:
             LOG.warning('What %s said is undone', path)
             return
+
+
+def _forget_progress(instance: objects.Instance) -> None:
+    """Take back what a snapshot showed that nova-compute did not survive."""
+    if instance.progress and instance.task_state in _IN_FLIGHT:
+        instance.progress = 0
+        try:
+            instance.save()
+        except Exception as error:
+            LOG.warning('Its progress stays at what a snapshot left: %s',
+                        error, instance=instance)
 
 
 def state_directory() -> str:
@@ -436,6 +489,7 @@ def _translated(instance: objects.Instance,
         raise nova_exception.InstanceNotFound(
             instance_id=instance.uuid) from error
     except exception.ImageGone as error:
+        LOG.info('%s while its snapshot was taken', error, instance=instance)
         raise nova_exception.ImageNotFound(image_id=image_id) from error
     except (exception.SnapshotError, OSError) as error:
         LOG.error('No snapshot was taken: %s', error, instance=instance)

@@ -12,10 +12,12 @@
 
 """qemu-img, run with limits, its errors as ours."""
 
+import contextlib
 import subprocess
 
 from oslo_concurrency import processutils
 
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 
 #: for reading a header: what a crafted one may cost before it is ended
@@ -28,18 +30,27 @@ CONVERT_LIMITS = processutils.ProcessLimits(
 
 
 def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
-        timeout: int | None = None) -> str:
+        timeout: int | None = None,
+        cancellation: cancellations.Cancellation | None = None) -> str:
     """Run it to its end.
 
     :param timeout: seconds after which it is killed
+    :param cancellation: ends it, too
     :returns: what it printed
     :raises CommandFailed: if it could not be run, failed or was killed
     """
     started: list['subprocess.Popen[bytes]'] = []
+    ending = contextlib.ExitStack()
+
+    def may_be_ended(process: 'subprocess.Popen[bytes]') -> None:
+        started.append(process)
+        if cancellation is not None:
+            ending.enter_context(cancellation.ending(process.terminate))
+
     try:
         output, _ = processutils.execute(
             'qemu-img', *arguments, prlimit=limits, timeout=timeout,
-            on_execute=started.append)
+            on_execute=may_be_ended)
     except processutils.ProcessExecutionError as error:
         raise exception.CommandFailed(
             f'qemu-img {arguments[0]} failed: '
@@ -55,6 +66,7 @@ def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
             f'qemu-img {arguments[0]} took longer than '
             f'{timeout} seconds') from error
     finally:
+        ending.close()
         for process in started:
             if process.poll() is None:
                 process.kill()

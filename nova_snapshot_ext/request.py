@@ -16,6 +16,8 @@ import collections.abc
 import dataclasses
 import enum
 
+from nova_snapshot_ext import cancellation as cancellations
+
 
 class Quiesce(enum.Enum):
     """Whether the guest agent is asked to freeze the file systems."""
@@ -63,11 +65,15 @@ class Request:
     #: flows that are switched off elsewhere, with the reason
     disabled_flows: dict[str, str] = dataclasses.field(default_factory=dict)
     progress: Progress = no_progress
-    #: whether the disk is deleted afterwards
-    only_copy: bool = False
+    #: ends the snapshot early
+    cancellation: cancellations.Cancellation = dataclasses.field(
+        default_factory=cancellations.Cancellation)
+    #: ``live``, if it may serve where the scratch of ``backup`` ran short
+    #: of room; else ``fail``
+    on_scratch_full: str = 'fail'
     #: an interpreter that has libnbd's binding
     mover_python: str = '/usr/bin/python3'
-    #: MiB a second that are read of a guest's disk at most, 0 for all
+    #: MiB of a guest's disk that are moved in a second at most, 0 for all
     bandwidth: int = 0
     #: per cent of its speed that the guest's disk keeps meanwhile, 0 if the
     #: snapshot comes first

@@ -19,14 +19,17 @@ import time
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import attendant as attendants
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen as frozen_
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import plugins
+from nova_snapshot_ext import progress
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext.transfers import base as transfers
@@ -37,6 +40,10 @@ LOG = logging.getLogger(__name__)
 
 #: every property of an image that we write begins so
 PROPERTY = 'snapshot_ext_'
+
+_MADE = progress.Phase('made', 0, 50)
+_SENT_THEN = progress.Phase('sent', 50, 100)
+_SENT = progress.Phase('sent', 0, 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +115,34 @@ def plan(guest: guests.Guest, wished: selection.Wish,
     chosen = _choose_transfers(transfer_names, request)
     capacity = guest.capacity(disk.target)
     image_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
-    needed = chosen[0].transfer.staging_bytes(image_bytes) + max(
-        candidate.flow.staging_bytes(disk, capacity)
-        for candidate in candidates)
+    staged = chosen[0].transfer.staging_bytes(image_bytes)
+    fitting = _with_room(candidates, {
+        candidate.name: staged + candidate.flow.staging_bytes(disk, capacity)
+        for candidate in candidates}, request)
+    return Plan(disk, fitting, chosen, image_bytes)
+
+
+def _with_room(
+        candidates: list[selection.Candidate], needed: dict[str, int],
+        request: requests.Request) -> list[selection.Candidate]:
+    """The candidates that the staging directory has room for.
+
+    :param needed: bytes by a candidate's name
+    :raises NotEnoughRoom: if there is none
+    """
     free = workspace.free_bytes(request.staging_directory)
-    if free < needed:
+    fitting = [candidate for candidate in candidates
+               if needed[candidate.name] <= free]
+    if not fitting:
         raise exception.NotEnoughRoom(
-            request.staging_setting, request.staging_directory, needed, free)
-    return Plan(disk, candidates, chosen, image_bytes)
+            request.staging_setting, request.staging_directory,
+            min(needed.values()), free)
+    if fitting[0] is not candidates[0]:
+        LOG.info('%s serves; %s', fitting[0].name, '; '.join(
+            f'{passed.name} may need {needed[passed.name]} bytes in '
+            f'{request.staging_directory}, where {free} are free'
+            for passed in candidates[:candidates.index(fitting[0])]))
+    return fitting
 
 
 def _choose_transfers(
@@ -145,11 +172,14 @@ def take(
         request: requests.Request, service: images.ImageService,
         description: images.Description, verify_hash: bool = False,
         before_upload: collections.abc.Callable[[], None] = lambda: None,
+        report: attendants.Report = attendants.no_report,
 ) -> Result:
     """Take a planned snapshot and publish it.
 
     :param before_upload: called when the image's bytes are about to be sent
-    :raises GuestGone: if the guest vanished
+    :param report: told how far it is, from another thread
+    :raises GuestGone: if the guest vanished, or nobody wants it any more
+    :raises ImageGone: if the image was deleted
     :raises GuestBusy: if another snapshot of it is in flight
     :raises SnapshotError: whatever else was in the way; the guest is as it
         was, and nothing is left behind
@@ -157,28 +187,20 @@ def take(
     began = time.monotonic()
     service.prepare(description, planned.image_bytes)
     undo.finish_left_over(request.state_directory, guest, host)
+    meter = progress.Meter(request.progress)
+    attendant = attendants.Attendant(
+        guest.name, meter, request.cancellation, service.check, report)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(attendants.attending(attendant))
         guard = stack.enter_context(guards.Guard())
         log = stack.enter_context(
             undo.UndoLog.create(request.state_directory, guest, host))
         guard.watch(log)
-        release = stack.enter_context(contextlib.ExitStack())
-        flow, frozen = _freeze(guest, planned, request, log, release)
-        chosen = planned.transfers[0]
-        with _named_loss(frozen):
-            image = stack.enter_context(
-                chosen.transfer.image(frozen.disks[0], request, log))
-            if image.independent:
-                release.close()
-            before_upload()
-            published = service.publish(
-                image, dataclasses.replace(
-                    description,
-                    properties=description.properties | Result.properties(
-                        flow, chosen.name, frozen)),
-                verify_hash, request.progress, log)
+        taking = _Taking(guest, planned, request, service, description,
+                         verify_hash, before_upload, log, meter, attendant)
+        flow, transfer, frozen, published = taking.run()
     result = Result(
-        flow, chosen.name, frozen.consistency,
+        flow, transfer, frozen.consistency,
         frozen.pause.seconds, published.length, time.monotonic() - began,
         published.location)
     LOG.info(
@@ -192,47 +214,149 @@ def take(
     return result
 
 
-@contextlib.contextmanager
-def _named_loss(
-        frozen: frozen_.Frozen) -> collections.abc.Iterator[None]:
-    """If the disk did not stay frozen, that is the error, not what came of
-    it."""
-    try:
-        yield
-    except exception.SnapshotError as error:
-        why = frozen.why_lost()
-        if why is None:
-            raise
-        raise exception.DiskThawed(why) from error
+_Taken = tuple[str, str, frozen_.Frozen, images.Published]
 
 
-def _freeze(
-        guest: guests.Guest, planned: Plan, request: requests.Request,
-        log: undo.UndoLog, release: contextlib.ExitStack,
-) -> tuple[str, frozen_.Frozen]:
-    """Freeze by the first candidate that can.
+@dataclasses.dataclass
+class _Taking:
+    """What the steps of one snapshot share; see :func:`take`."""
 
-    :param release: gets what thaws the disk
-    """
-    failure: Exception | None = None
-    for candidate in planned.candidates:
-        if failure is not None:
-            # What was planned may not hold any more.
-            why = candidate.flow.obstacle(guest, (planned.disk,), request)
-            if why is not None:
-                LOG.warning('%s can not serve %s either: %s',
-                            candidate.name, guest.name, why)
-                continue
+    guest: guests.Guest
+    planned: Plan
+    request: requests.Request
+    service: images.ImageService
+    description: images.Description
+    verify_hash: bool
+    before_upload: collections.abc.Callable[[], None]
+    log: undo.UndoLog
+    meter: progress.Meter
+    attendant: attendants.Attendant
+    #: the flow that froze the disk last, and those that come after it
+    flow: str = ''
+    rest: collections.abc.Sequence[selection.Candidate] = ()
+
+    def run(self) -> _Taken:
         try:
-            return candidate.name, release.enter_context(
-                candidate.flow.freeze(guest, (planned.disk,), request, log))
-        except exception.GuestGone:
-            raise
-        except (exception.SnapshotError, OSError) as error:
-            if log.pending:
+            return self._by(self.planned.candidates)
+        except exception.DiskThawed as error:
+            instead = [candidate for candidate in self.rest
+                       if candidate.name == self.request.on_scratch_full]
+            if not instead or self.log.pending:
                 raise
-            LOG.warning('%s could not freeze %s: %s', candidate.name,
-                        guest.name, error)
-            failure = error
-    assert failure is not None
-    raise failure
+            LOG.warning('%s lost the frozen disk of %s: %s; %s begins anew',
+                        self.flow, self.guest.name, error, instead[0].name)
+            return self._by(instead, error)
+
+    def _by(self, candidates: list[selection.Candidate],
+            failure: Exception | None = None) -> _Taken:
+        """:param failure: of the flow that was tried before"""
+        with contextlib.ExitStack() as stack:
+            release = stack.enter_context(contextlib.ExitStack())
+            frozen = self._freeze(candidates, release, failure)
+            chosen = self.planned.transfers[0]
+            with self._named_loss(frozen):
+                self.request.cancellation.check()
+                image = stack.enter_context(chosen.transfer.image(
+                    frozen.disks[0], dataclasses.replace(
+                        self.request, progress=self._making()), self.log))
+                if image.independent:
+                    release.close()
+                self._announce_upload()
+                published = self.service.publish(
+                    image, dataclasses.replace(
+                        self.description,
+                        properties=self.description.properties
+                        | Result.properties(self.flow, chosen.name, frozen)),
+                    self.verify_hash, self._sending(image), self.log)
+            return self.flow, chosen.name, frozen, published
+
+    def _announce_upload(self) -> None:
+        """Once, whatever is begun anew."""
+        announce, self.before_upload = self.before_upload, lambda: None
+        announce()
+
+    def _making(self) -> requests.Progress:
+        tell = self.meter.phase(_MADE)
+
+        def making(done: int, total: int) -> None:
+            tell(done, min(total, self.planned.image_bytes))
+        return making
+
+    def _sending(self, image: image_bytes.ImageBytes) -> requests.Progress:
+        tell = self.meter.phase(
+            _SENT_THEN if image.independent else _SENT)
+
+        def sending(done: int, total: int) -> None:
+            self.request.cancellation.check()
+            tell(done, total)
+        return sending
+
+    def _freeze(
+            self, candidates: list[selection.Candidate],
+            release: contextlib.ExitStack, failure: Exception | None,
+    ) -> frozen_.Frozen:
+        """Freeze by the first candidate that can.
+
+        :param release: gets what thaws the disk
+        """
+        disks = (self.planned.disk,)
+        for number, candidate in enumerate(candidates, 1):
+            if failure is not None:
+                # What was planned may not hold any more.
+                why = candidate.flow.obstacle(self.guest, disks, self.request)
+                if why is not None:
+                    LOG.warning('%s can not serve %s either: %s',
+                                candidate.name, self.guest.name, why)
+                    continue
+            try:
+                frozen = release.enter_context(candidate.flow.freeze(
+                    self.guest, disks, self.request, self.log))
+            except exception.GuestGone:
+                raise
+            except (exception.SnapshotError, OSError) as error:
+                self.request.cancellation.check()
+                if self.log.pending:
+                    raise
+                LOG.warning('%s could not freeze %s: %s', candidate.name,
+                            self.guest.name, error)
+                failure = error
+            else:
+                self.flow, self.rest = candidate.name, candidates[number:]
+                return frozen
+        assert failure is not None
+        raise failure
+
+    @contextlib.contextmanager
+    def _named_loss(
+            self, frozen: frozen_.Frozen) -> collections.abc.Iterator[None]:
+        """What took the disk away is the error, not what came of it."""
+        ran = self.guest.state() is not guests.State.SHUTOFF
+        try:
+            yield
+        except (exception.SnapshotError, OSError) as error:
+            loss = self._loss(frozen, ran)
+            if loss is None or loss is error:
+                raise
+            raise loss from error
+
+    def _loss(self, frozen: frozen_.Frozen,
+              ran: bool) -> exception.SnapshotError | None:
+        """:param ran: whether the guest was on when its disk was frozen"""
+        try:
+            off = self.guest.state() is guests.State.SHUTOFF
+        except exception.GuestGone as gone:
+            return gone
+        except exception.SnapshotError:
+            off = False     # nobody can say
+        if off and ran:
+            # Who deletes a server stops its guest first.
+            self.attendant.report()
+        if self.request.cancellation.reason is not None:
+            return self.request.cancellation.reason
+        lost = frozen.why_lost()
+        if lost is not None:
+            return exception.DiskThawed(lost)
+        if off and ran:
+            return exception.TransferFailed(
+                f'{self.guest.name} was shut off while its disk was read')
+        return None

@@ -201,6 +201,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         bandwidth=configuration.bandwidth,
         guest_share=configuration.guest_share,
         read_timeout=configuration.read_timeout,
+        on_scratch_full=configuration.on_scratch_full,
         may_stop=options.force or not guest.belongs_to_nova())
 
 

@@ -157,6 +157,7 @@ def _wait_until_ready(copies: list[_Copy],
     deadline = time.monotonic() + request.copy_timeout
     for copy in copies:
         while not copy.ready():
+            request.cancellation.check()
             if time.monotonic() > deadline:
                 raise exception.FreezeFailed(
                     f'[snapshot_ext] copy_timeout = {request.copy_timeout} '

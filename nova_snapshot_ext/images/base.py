@@ -77,6 +77,14 @@ class ImageService(abc.ABC):
         :raises NotEnoughRoom: if it is known to be too big
         """
 
+    def check(self) -> None:
+        """Ask whether the image is still wanted; from any thread.
+
+        Any other error than ImageGone says that it is not known.
+
+        :raises ImageGone: if somebody deleted it
+        """
+
     @abc.abstractmethod
     def publish(
             self, image: image_bytes.ImageBytes, description: Description,
@@ -84,8 +92,12 @@ class ImageService(abc.ABC):
             log: undo.UndoLog) -> Published:
         """Take the bytes and the description, all of it or nothing.
 
+        May be called again after it failed.
+
         :param verify_hash: compare the hash of what arrived, and never let
             an image stand whose hash differs
+        :param progress: told as bytes are read; an error that it raises ends
+            the upload, and must come out of it
         :raises ImageServiceError: if it could not be done
         """
 

@@ -36,6 +36,13 @@ LOG = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _SAVING_TIMEOUT_S = 60.0
+#: for asking whether an image is there: another question follows soon
+_CHECK: dict[str, typing.Any] = {
+    'timeout': 10,
+    'connect_retries': 0,
+    'status_code_retries': 0,
+}
+_DELETED = ('deleted', 'pending_delete')
 #: what Glance hashes by if it is not told otherwise (hashing_algorithm)
 _USUAL_HASH = 'sha512'
 #: keystoneauth would send a body again that it has read already: with a new
@@ -69,6 +76,21 @@ class GlanceService(base.ImageService):
         self._glance = destination.glance
         self._image_id = destination.image_id
         self._attempts = 1 + destination.retries
+        #: the image whose deletion by others is news
+        self._wanted = destination.image_id
+
+    def check(self) -> None:
+        image_id = self._wanted
+        if image_id is None:
+            return
+        try:
+            with _translated(f'image {image_id}'):
+                status = self._request(
+                    'GET', f'/images/{image_id}', **_CHECK).json()['status']
+        except exception.ImageGone:
+            status = 'deleted'
+        if status in _DELETED and self._wanted == image_id:
+            raise exception.ImageGone(f'Image {image_id} was deleted')
 
     def publish(
             self, image: image_bytes.ImageBytes, description: base.Description,
@@ -78,7 +100,7 @@ class GlanceService(base.ImageService):
             self._fill(self._image_id, image, description, verify_hash,
                        progress)
             return base.Published(self._image_id, image.length)
-        image_id = self._create(description)
+        image_id = self._wanted = self._create(description)
         try:
             self._fill(image_id, image, description, verify_hash, progress)
         except BaseException:
@@ -144,9 +166,11 @@ class GlanceService(base.ImageService):
             for attempt in attempts:
                 # Each attempt opens the image anew: what a broken one has
                 # read is gone, and the rest alone would be another image.
+                progress(0, image.length)
                 with attempt, image.open(algorithm) as file:
-                    if not attempt.first and self._has_bytes(image_id):
-                        return
+                    status = self._settled_status(image_id)
+                    if status == 'active' and not attempt.first:
+                        return      # only the answer was lost
                     self._request(
                         'PUT', f'/images/{image_id}/file',
                         data=base.CountedReader(
@@ -156,8 +180,8 @@ class GlanceService(base.ImageService):
                             'X-OpenStack-Image-Size': str(image.length)},
                         **_SENT_ONCE)
 
-    def _has_bytes(self, image_id: str) -> bool:
-        """Whether only the answer to an upload was lost.
+    def _settled_status(self, image_id: str) -> str:
+        """The image's status, when no upload that broke is under way.
 
         Glance takes no new bytes while it has not noticed that the old ones
         ended. Asking also renews a token that ran out during the last
@@ -168,7 +192,7 @@ class GlanceService(base.ImageService):
             if time.monotonic() > deadline:
                 break
             time.sleep(_RETRY_S)
-        return bool(status == 'active')
+        return str(status)
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
                 verify_hash: bool) -> None:
@@ -199,6 +223,7 @@ class GlanceService(base.ImageService):
         return found
 
     def _delete(self, image_id: str) -> None:
+        self._wanted = None
         try:
             with _translated(f'image {image_id}'):
                 self._request('DELETE', f'/images/{image_id}')

@@ -83,10 +83,13 @@ def _convert(disk: frozen.FrozenDisk, path: str,
     arguments = ['convert', '-O', request.image_format]
     if request.compress and request.image_format == 'qcow2':
         arguments.append('-c')
+    if request.bandwidth:
+        arguments += ['-r', f'{request.bandwidth}M']
     arguments += [disks_.json_name(disk.block_options()), path]
     try:
         qemu_img.run(*arguments, limits=qemu_img.CONVERT_LIMITS,
-                     timeout=request.convert_timeout)
+                     timeout=request.convert_timeout,
+                     cancellation=request.cancellation)
     except exception.CommandFailed as error:
         raise exception.TransferFailed(
             f'{disk.target} was not made into an image: {error}') from error

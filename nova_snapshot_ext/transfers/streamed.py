@@ -18,6 +18,7 @@ length it knows first into a pipe.
 
 import collections.abc
 import contextlib
+import functools
 import secrets
 import typing
 
@@ -36,12 +37,6 @@ FORMATS = ('qcow2', 'raw')
 #: how much the guest's processors go before a mover's, where the guest keeps
 #: a share (nice(2))
 _NICE = 10
-
-#: Whether it also serves where the disk is deleted afterwards, so that the
-#: image is all that is left: when hundreds of random disks were compared bit
-#: by bit on the platforms that are supported (tests/functional,
-#: STREAMED_SOAK_DISKS). Nothing else decides that.
-SERVES_ONLY_COPIES = False
 
 
 @undo.step
@@ -141,9 +136,6 @@ class StreamedTransfer(base.Transfer):
                     f'{", ".join(FORMATS)}')
         if request.compress and request.image_format == 'qcow2':
             return 'it does not compress'
-        if request.only_copy and not SERVES_ONLY_COPIES:
-            return ('it does not serve yet where the disk is deleted '
-                    'afterwards')
         return mover_stream.why_not(request.mover_python)
 
     @contextlib.contextmanager
@@ -165,6 +157,8 @@ class StreamedTransfer(base.Transfer):
             if request.bandwidth:
                 arguments.append(
                     f'--bandwidth={request.bandwidth * 1024 ** 2}')
+            stack.enter_context(request.cancellation.ending(
+                functools.partial(end_mover, log.surroundings, token)))
             image = stack.enter_context(contextlib.closing(StreamedImage(
                 mover_stream.command(request.mover_python, *arguments),
                 share)))

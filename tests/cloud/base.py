@@ -17,10 +17,13 @@ import os
 import pathlib
 import re
 import subprocess
+import tempfile
 import time
 import typing as ty
 import uuid
+from xml.etree import ElementTree
 
+import fixtures
 import openstack
 import testtools
 
@@ -42,9 +45,9 @@ class CloudTestCase(testtools.TestCase):
         self.cloud = openstack.connect(cloud='small')
         self.compute = self.cloud.compute
         self.compute.default_microversion = '2.90'
-        self.addCleanup(self._assert_host_is_clean)
+        self.addCleanup(self.assert_host_is_clean)
 
-    def _assert_host_is_clean(self) -> None:
+    def assert_host_is_clean(self) -> None:
         """Nothing of ours is left: files, undo logs, processes."""
         for directory in (self.snapshots_directory, self.state_directory):
             if directory.exists():
@@ -141,6 +144,48 @@ class CloudTestCase(testtools.TestCase):
 
     def disk(self, server: ty.Any) -> pathlib.Path:
         return ROOT / 'nova' / 'instances' / server.id / 'disk'
+
+    def block_device(self, size: int) -> str:
+        """A loop device of so many bytes, until the test ends."""
+        directory = self.useFixture(fixtures.TempDir()).path
+        path = os.path.join(directory, 'blocks')
+        with open(path, 'wb') as file:
+            file.truncate(size)
+        device = run('losetup', '--find', '--show', path).strip()
+        self.addCleanup(run, 'losetup', '--detach', device)
+        return device
+
+    def move_to(self, server: ty.Any, device: str) -> None:
+        """Have a server's root disk on a block device, as LVM would.
+
+        Without Nova: it makes such disks on LVM only.
+        """
+        virsh = ('virsh', '-c', 'qemu:///system')
+        domain = ElementTree.fromstring(
+            run(*virsh, 'dumpxml', '--inactive', server.id))
+        disk = domain.find('./devices/disk')
+        assert disk is not None
+        disk.set('type', 'block')
+        for element in disk.findall('backingStore'):
+            disk.remove(element)
+        for name, changed in (('driver', {'name': 'qemu', 'type': 'raw'}),
+                              ('source', {'dev': device})):
+            element = disk.find(name)
+            assert element is not None
+            element.attrib.clear()
+            element.attrib.update(changed)
+        run(*virsh, 'destroy', server.id)
+        run('qemu-img', 'convert', '-n', '-f', 'qcow2', '-O', 'raw',
+            self.disk(server), device)
+        with tempfile.NamedTemporaryFile('w', suffix='.xml') as file:
+            file.write(ElementTree.tostring(domain, encoding='unicode'))
+            file.flush()
+            run(*virsh, 'define', file.name)
+        run(*virsh, 'start', server.id)
+
+    def compute_log(self) -> str:
+        return (ROOT / 'log' / 'nova-compute.log').read_text(
+            errors='replace')
 
     # Snapshots
 

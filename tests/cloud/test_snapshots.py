@@ -14,6 +14,7 @@
 
 import os
 import pathlib
+import time
 
 from tests.cloud import base
 
@@ -23,22 +24,25 @@ class ImageTest(base.CloudTestCase):
 
     def test_each_flow_gives_images_that_servers_boot_from(self):
         server = self.server()
-        for form in ('qcow2', 'raw'):
+        for form, transfer in (('qcow2', 'streamed'), ('raw', 'staged')):
             if form == 'raw':
-                self.configure('libvirt.snapshot_image_format=raw')
-            for flow in ('cold', 'live'):
-                self._take_and_boot(server, flow, form)
+                self.configure('libvirt.snapshot_image_format=raw',
+                               'snapshot_ext.transfers=staged')
+            for flow in ('backup', 'live', 'cold'):
+                self._take_and_boot(server, flow, transfer, form)
 
-    def _take_and_boot(self, server, flow: str, form: str) -> None:
+    def _take_and_boot(self, server, flow: str, transfer: str,
+                       form: str) -> None:
         before = self.wait_writes(server)
         image = self.snapshot(server, snapshot_flow=flow)
         after = self.wait_writes(server)
         self.assertEqual(form, image.disk_format)
         self.assertEqual(flow, image.properties['snapshot_ext_flow'])
-        self.assertEqual('staged', image.properties['snapshot_ext_transfer'])
+        self.assertEqual(
+            transfer, image.properties['snapshot_ext_transfer'])
         # The guest has an agent, which cold does not ask.
         self.assertEqual(
-            {'cold': 'crash', 'live': 'filesystem'}[flow],
+            'crash' if flow == 'cold' else 'filesystem',
             image.properties['snapshot_ext_consistency'])
         self.assertEqual('snapshot', image.properties['image_location'])
         self.assertEqual('ACTIVE', self.status(server))
@@ -47,24 +51,30 @@ class ImageTest(base.CloudTestCase):
         self.assertTrue(
             before <= self.booted_from(second) <= after + 1)
 
-    def test_backup_and_streamed_stage_nothing(self):
-        self.configure('snapshot_ext.transfers=streamed')
-        server = self.server()
-        before = self.wait_writes(server)
-        image = self.snapshot(server, snapshot_flow='backup')
-        self.assertEqual('backup', image.properties['snapshot_ext_flow'])
-        self.assertEqual(
-            'streamed', image.properties['snapshot_ext_transfer'])
-        self.assert_good(image, before, self.wait_writes(server))
-        second = self.server(image.id)
-        self.assertGreaterEqual(self.booted_from(second), before)
+    def test_backup_and_streamed_serve_when_nothing_is_asked_for(self):
+        self._take_by_the_best(self.server(), 'qcow2')
 
-    def test_best_flow_serves_when_none_is_asked_for(self):
+    def test_they_serve_a_raw_disk(self):
+        self.configure('libvirt.images_type=raw')
+        self._take_by_the_best(self.server(), 'raw')
+
+    def test_they_serve_a_block_device(self):
+        device = self.block_device(1024 ** 3)
         server = self.server()
+        self.move_to(server, device)
+        self._take_by_the_best(server, 'raw')
+
+    def _take_by_the_best(self, server, form: str) -> None:
+        before = self.wait_writes(server)
         image = self.snapshot(server)
-        self.assertEqual('live', image.properties['snapshot_ext_flow'])
         self.assertEqual(
-            'filesystem', image.properties['snapshot_ext_consistency'])
+            ('backup', 'streamed', 'filesystem', form),
+            (image.properties['snapshot_ext_flow'],
+             image.properties['snapshot_ext_transfer'],
+             image.properties['snapshot_ext_consistency'],
+             image.disk_format))
+        self.assert_good(image, before, self.wait_writes(server))
+        self.assertEqual('ACTIVE', self.status(server))
 
 
 class ServerStateTest(base.CloudTestCase):
@@ -75,7 +85,7 @@ class ServerStateTest(base.CloudTestCase):
         self.compute.pause_server(server)
         self.wait_status(server, 'PAUSED')
         at = self.counter(server)
-        for flow in ('cold', 'live'):
+        for flow in ('backup', 'live', 'cold'):
             image = self.snapshot(server, snapshot_flow=flow)
             self.assert_good(image, at, at)
             self.assertEqual('PAUSED', self.status(server))
@@ -147,12 +157,102 @@ class CallerTest(base.CloudTestCase):
         self.assertEqual(
             'stopped', image.properties['snapshot_ext_consistency'])
         # Nothing but the image is left of the disk.
-        self.assertEqual('staged', image.properties['snapshot_ext_transfer'])
+        self.assertEqual(
+            'streamed', image.properties['snapshot_ext_transfer'])
         self.assert_good(image, 1, 10 ** 6)
         self.compute.unshelve_server(server)
         self.wait_status(server, 'ACTIVE')
         self.wait_writes(server)
         self.assertGreater(self.booted_from(server), 0)
+
+
+class SlowTest(base.CloudTestCase):
+    """What is seen of a snapshot that takes its time, and what ends it."""
+
+    # Seconds within which a snapshot ends that nobody wants any more.
+    ENDED_S = 10
+
+    def test_streamed(self):
+        self._watch_and_end('streamed')
+
+    def test_staged(self):
+        self._watch_and_end('staged')
+
+    def test_streamed_under_eventlet(self):
+        self._watch_and_end(
+            'streamed', 'DEFAULT.concurrency_backend=eventlet')
+
+    def _watch_and_end(self, transfer: str, *settings: str) -> None:
+        # One start of nova-compute takes longer than all of this.
+        self.configure('snapshot_ext.bandwidth=8',
+                       f'snapshot_ext.transfers={transfer}', *settings)
+        server = self.server()
+        self._see_progress_rise(server)
+        self._end_by_deleting_the_image(server)
+        self._end_by_deleting_the_server(server)
+
+    def _see_progress_rise(self, server) -> None:
+        image_id = self._begin(server)
+        seen = [self._progress(server)]
+
+        def ended() -> bool:
+            now = self.compute.get_server(server.id)
+            if now.progress != seen[-1]:
+                seen.append(now.progress)
+            return now.task_state is None
+        self.wait(ended, 'the snapshot')
+        self.wait_image(server, image_id)
+        rising = [percent for percent in seen if percent]
+        self.assertEqual(sorted(set(rising)), rising)
+        self.assertGreaterEqual(len(rising), 4, seen)
+        self.assertLessEqual(rising[-1], 100)
+        self.assertEqual(0, self._progress(server))
+
+    def _end_by_deleting_the_image(self, server) -> None:
+        log = self.compute_log()
+        image_id = self._begin(server)
+        begun = time.monotonic()
+        self.cloud.image.delete_image(image_id)
+        self.wait_idle(server)
+        self.assertLess(time.monotonic() - begun, self.ENDED_S)
+        self.assert_host_is_clean()
+        self.assertEqual(
+            ['Job', 'type:', 'None'],
+            base.run('virsh', '-c', 'qemu:///system', 'domjobinfo',
+                     server.id).split())
+        self.assertEqual('ACTIVE', self.status(server))
+        self.assertEqual(0, self._progress(server))
+        self.wait_writes(server)
+        self._assert_quiet_since(log)
+
+    def _end_by_deleting_the_server(self, server) -> None:
+        log = self.compute_log()
+        image_id = self._begin(server)
+        begun = time.monotonic()
+        self._delete_server(server)
+        self.wait(lambda: not any(self.state_directory.iterdir()),
+                  'the undo log to go')
+        self.wait(lambda: self.cloud.image.find_image(
+            image_id, ignore_missing=True) is None, 'the image to go')
+        self.assertLess(time.monotonic() - begun, self.ENDED_S)
+        self.assert_host_is_clean()
+        self.assertFalse(self.disk(server).exists())
+        self._assert_quiet_since(log)
+
+    def _begin(self, server) -> str:
+        """Ask for a snapshot, and wait until it is on its way."""
+        image_id = self.request_snapshot(server)
+        self.wait(lambda: self._progress(server) > 0, 'the first bytes')
+        return image_id
+
+    def _progress(self, server) -> int:
+        return self.compute.get_server(server.id).progress or 0
+
+    def _assert_quiet_since(self, log: str) -> None:
+        """nova-compute's log has no error since it was this."""
+        said = self.compute_log().removeprefix(log)
+        for word in ('Traceback', ' ERROR '):
+            self.assertNotIn(word, said)
 
 
 class RequestTest(base.CloudTestCase):
@@ -164,7 +264,7 @@ class RequestTest(base.CloudTestCase):
         self.assertNotIn('snapshot_flow', image.properties)
         second = self.server(image.id)
         again = self.snapshot(second)
-        self.assertEqual('live', again.properties['snapshot_ext_flow'])
+        self.assertEqual('backup', again.properties['snapshot_ext_flow'])
 
     def test_refused_requests_say_why_and_leave_nothing(self):
         server = self.server()
@@ -228,12 +328,11 @@ class OperatorTest(base.CloudTestCase):
     def test_eventlet_serves_as_native_threads_do(self):
         self.configure('DEFAULT.concurrency_backend=eventlet')
         server = self.server()
-        for flow in ('cold', 'live'):
+        for flow in ('backup', 'live', 'cold'):
             before = self.wait_writes(server)
             image = self.snapshot(server, snapshot_flow=flow)
             self.assert_good(image, before, self.wait_writes(server))
-        log = (base.ROOT / 'log' / 'nova-compute.log').read_text(
-            errors='replace')
+        log = self.compute_log()
         since = log[log.rindex('Loading compute driver'):]
         # What a start with native threads says.
         self.assertEqual(0, since.count('backend._threading'))
@@ -249,8 +348,11 @@ class OperatorTest(base.CloudTestCase):
         server = self.server()
         before = self.counter(server)
         image = self.snapshot(server)
-        self.assertEqual('cold', image.properties['snapshot_ext_flow'])
+        self.assertEqual(
+            'staged', image.properties['snapshot_ext_transfer'])
         self.assert_good(image, before, self.wait_writes(server))
+        details = self.refused_snapshot(server, snapshot_flow='live')
+        self.assertIn('disable_libvirt_livesnapshot', details)
         checked = base.images.qemu_img_check(self.image_file(image))
         self.assertGreater(checked['compressed-clusters'], 0)
 

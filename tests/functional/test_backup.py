@@ -284,6 +284,25 @@ class ScratchTest(test_flows.SnapshotTestCase):
             self.assert_ended_in_time(frozen, 'Disk quota exceeded')
             self.assert_unharmed()
 
+    def test_live_serves_where_the_scratch_ran_short(self):
+        guest = self.used_guest
+        before = guest.wait_writes_on()
+        small = self._small_filesystem(48)
+        changes = dict(transfer='streamed', others=('live',), bandwidth=4,
+                       scratch_directory=str(small))
+        error = self.assertRaises(
+            exception.DiskThawed, self.take, guest, 'backup', **changes)
+        self.assertIn('No space left on device', str(error))
+        self.assertEqual([], list(self.images.iterdir()))
+        self.assert_whole(guest)
+        changes['bandwidth'] = 16
+        result, image = self.take(
+            guest, 'backup', on_scratch_full='live', **changes)
+        self.assertEqual('live', result.flow)
+        self.assert_good(image, before, guest.counter())
+        self.assertEqual([], list(small.iterdir()))
+        self.assert_unharmed()
+
     def _small_filesystem(self, mib: int) -> pathlib.Path:
         directory = self._mounted(
             'mke2fs', '-q', '-t', 'ext4', '-m', '0', mib=mib)

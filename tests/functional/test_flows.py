@@ -82,13 +82,17 @@ class SnapshotTestCase(base.FunctionalTestCase):
         return our_guests.Guest(guest.domain, self.libvirtd.uri)
 
     def take(self, guest: guests.Guest, flow: str, name: str = 'image',
-             transfer: str = 'staged', **changes,
-             ) -> tuple[snapshot.Result, images.Image]:
+             transfer: str = 'staged', others: tuple[str, ...] = (),
+             **changes) -> tuple[snapshot.Result, images.Image]:
+        """Take a snapshot.
+
+        :param others: flows that may serve where the first does not
+        """
         ours = self.ours(guest)
         request = self.request(**changes)
         plan = snapshot.plan(
-            ours, selection.Wish((flow,), 'test', True), (transfer,),
-            request)
+            ours, selection.Wish((flow, *others), 'test', not others),
+            (transfer,), request)
         service = directory.DirectoryService(image_services.Destination(
             directory=str(self.images), directory_setting='images'))
         result = snapshot.take(

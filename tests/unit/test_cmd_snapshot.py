@@ -44,6 +44,8 @@ class CommandTestCase(base.TestCase):
                         lambda handler, context: None)
         self.patch_name('nova_snapshot_ext.cmd.snapshot._state_directory',
                         lambda: self.state)
+        self.patch_name('nova_snapshot_ext.mover_stream.why_not',
+                        lambda python: None)
         self.patch_name('oslo_log.log.setup', lambda *arguments: None)
         self.useFixture(fixtures.EnvironmentVariable(
             'TMPDIR', self.staging))
@@ -77,7 +79,7 @@ class TestCreate(CommandTestCase):
         [(guest, host, planned, request, service, description, more)] = (
             self.taken)
         self.assertEqual(fakes.UUID, guest.uuid)
-        self.assertEqual(['live', 'cold'], [
+        self.assertEqual(['backup', 'live', 'cold'], [
             each.name for each in planned.candidates])
         self.assertEqual(
             ('qcow2', False, self.staging, self.state, True),
@@ -164,7 +166,7 @@ class TestNovasGuest(CommandTestCase):
 
     def test_it_is_copied_while_it_runs(self) -> None:
         self.create()
-        self.assertEqual(['live'], [
+        self.assertEqual(['backup', 'live'], [
             each.name for each in self.taken[0][2].candidates])
 
 

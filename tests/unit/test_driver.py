@@ -99,6 +99,7 @@ class DriverTestCase(base.TestCase):
         self.context = nova_context.get_admin_context()
         self.instance = objects.Instance(
             uuid=fakes.UUID, id=1, host='compute-1', project_id='p',
+            progress=0,
             task_state=task_states.IMAGE_SNAPSHOT,
             vm_state=vm_states.ACTIVE, power_state=power_state.RUNNING,
             kernel_id='', ramdisk_id=None, os_type=None,
@@ -116,6 +117,8 @@ class DriverTestCase(base.TestCase):
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.snapshot',
             lambda *arguments: self.events.append('nova'))
+        self.patch_name('nova_snapshot_ext.mover_stream.why_not',
+                        lambda python: None)
         self.taken: list[dict[str, typing.Any]] = []
         self.error: Exception | None = None
         self.states: list[tuple[str, str | None]] = []
@@ -135,12 +138,15 @@ class DriverTestCase(base.TestCase):
              service: object, description: images.Description,
              verify_hash: bool = False,
              before_upload: collections.abc.Callable[
-                 [], None] = lambda: None) -> None:
+                 [], None] = lambda: None,
+             report: typing.Any = None) -> None:
         self.states.append(('take', None))
         self.taken.append({
             'flows': [each.name for each in planned.candidates],
             'request': request, 'description': description,
-            'verify_hash': verify_hash, 'guest': guest})
+            'verify_hash': verify_hash, 'guest': guest,
+            'transfers': [each.name for each in planned.transfers],
+            'report': report})
         if self.error is not None:
             raise self.error
         before_upload()
@@ -337,7 +343,8 @@ class TestChoice(DriverTestCase):
         return found
 
     def test_configuration(self) -> None:
-        self.assertEqual(['live', 'cold'], self.flows())
+        self.assertEqual(['backup', 'live', 'cold'], self.flows())
+        self.assertEqual(['streamed', 'staged'], self.taken[-1]['transfers'])
         self.config(flows=['cold', 'live'], group='snapshot_ext')
         self.instance.task_state = 'image_snapshot'
         self.assertEqual(['cold', 'live'], self.flows())
@@ -366,7 +373,7 @@ class TestChoice(DriverTestCase):
 
     def test_livesnapshot_can_be_switched_off(self) -> None:
         self.config(disable_libvirt_livesnapshot=True, group='workarounds')
-        self.assertEqual(['cold'], self.flows())
+        self.assertEqual(['backup', 'cold'], self.flows())
 
     def test_flow_that_is_switched_off_is_not_replaced(self) -> None:
         self.config(disable_libvirt_livesnapshot=True, group='workarounds')
@@ -387,26 +394,18 @@ class TestRequest(DriverTestCase):
         self.config(snapshot_compression=True, group='libvirt')
         self.config(freeze_timeout=3, copy_timeout=4, convert_timeout=5,
                     mover_python='/opt/python', bandwidth=6,
-                    group='snapshot_ext')
+                    on_scratch_full='live', group='snapshot_ext')
         request = self.taken_request()
         self.assertEqual(
             (True, self.staging, '[libvirt] snapshots_directory',
-             self.state, self.save, 3, 4, 5, True, '/opt/python', 6),
+             self.state, self.save, 3, 4, 5, True, '/opt/python', 6,
+             'live'),
             (request.compress, request.staging_directory,
              request.staging_setting, request.state_directory,
              request.managed_save_directory, request.freeze_timeout,
              request.copy_timeout, request.convert_timeout,
-             request.may_stop, request.mover_python, request.bandwidth))
-
-    def test_transfers_know_whether_the_disk_is_deleted(self) -> None:
-        for state, deleted in ((task_states.IMAGE_SNAPSHOT, False),
-                               (task_states.IMAGE_BACKUP, False),
-                               (task_states.SHELVING, True),
-                               (task_states.RESIZE_MIGRATING, True)):
-            self.instance.task_state = state
-            self.snapshot(lambda *arguments, **more: None)
-            self.assertEqual(
-                deleted, self.taken[-1]['request'].only_copy, state)
+             request.may_stop, request.mover_python, request.bandwidth,
+             request.on_scratch_full))
 
     def test_state_is_kept_in_novas_directory(self) -> None:
         self.config(state_directory=None, group='snapshot_ext')
@@ -434,6 +433,7 @@ class TestRequest(DriverTestCase):
         self.assertEqual([], self.states)
 
     def test_snapshots_directory_that_is_too_small(self) -> None:
+        self.config(flows=['live'], group='snapshot_ext')
         self.patch_name('nova_snapshot_ext.workspace.free_bytes',
                         lambda path: 1000)
         self.assertRaisesRegex(
@@ -561,8 +561,8 @@ class TestStart(DriverTestCase):
 
     def test_what_serves_is_said(self) -> None:
         self.driver.init_host('compute-1')
-        self.assertIn('flows live, cold, transfers staged, image service '
-                      'glance', self.output.output)
+        self.assertIn('flows backup, live, cold, transfers streamed, staged, '
+                      'image service glance', self.output.output)
 
     def test_names_that_stand_for_nothing_are_refused(self) -> None:
         for option, value in (('flows', ['live', 'warm']),
@@ -673,6 +673,31 @@ class TestRecovery(DriverTestCase):
         self.assertTrue(os.path.exists(path))
         self.assertIn('could not be finished', self.output.output)
 
+    def test_progress_of_a_snapshot_that_was_cut_off_goes(self) -> None:
+        saved: list[str] = []
+        self.patch_name('nova.objects.Instance.save',
+                        lambda instance: saved.append(instance.task_state))
+        for state, progress in (
+                (task_states.IMAGE_SNAPSHOT, 0),
+                (task_states.IMAGE_PENDING_UPLOAD, 0),
+                (task_states.IMAGE_UPLOADING, 0),
+                (task_states.IMAGE_BACKUP, 0),
+                (task_states.RESIZE_MIGRATING, 40), (None, 40)):
+            self.instance.task_state = state
+            self.instance.progress = 40
+            self.process(self.instance)
+            self.assertEqual(progress, self.instance.progress, state)
+        self.assertEqual(4, len(saved))
+
+    def test_progress_that_can_not_be_written_does_not_hold_up_the_start(
+            self) -> None:
+        def fail(instance: objects.Instance) -> None:
+            raise OSError('no conductor')
+        self.patch_name('nova.objects.Instance.save', fail)
+        self.instance.progress = 40
+        self.process(self.instance)
+        self.assertIn('no conductor', self.output.output)
+
     def test_there_may_be_nothing_to_do(self) -> None:
         self.config(state_directory='/none', group='snapshot_ext')
         self.process(self.instance)
@@ -697,6 +722,76 @@ class TestGlance(DriverTestCase):
         self.assertEqual([('image', {
             'admin': False, 'context': self.context,
             'ksa_auth': f'auth of {self.context.request_id}'})], asked)
+
+
+class TestServerReport(DriverTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 100.0
+        self.patch_name('nova_snapshot_ext.driver.time.monotonic',
+                        lambda: self.now)
+        self.patch_name('nova.objects.Instance.get_by_uuid',
+                        lambda kind, *what, **more: self.get(*what, **more))
+        self.patch_name('nova.objects.Instance.save',
+                        lambda instance: self.save_instance(instance))
+        self.saved: list[int] = []
+        self.loaded: list[objects.Instance] = []
+        self.error: Exception | None = None
+        self.report = driver.ServerReport(fakes.UUID)
+
+    def get(self, context: nova_context.RequestContext, uuid: str,
+            expected_attrs: list[str]) -> objects.Instance:
+        self.assertTrue(context.is_admin)
+        self.assertEqual((fakes.UUID, []), (uuid, expected_attrs))
+        if self.error is not None:
+            raise self.error
+        self.loaded.append(self.instance.obj_clone())
+        self.loaded[-1].obj_reset_changes(recursive=True)
+        return self.loaded[-1]
+
+    def save_instance(self, instance: objects.Instance) -> None:
+        self.assertIs(self.loaded[-1], instance)
+        self.assertEqual({'progress'}, instance.obj_what_changed())
+        self.instance.progress = instance.progress
+        self.saved.append(self.instance.progress)
+
+    def test_progress_is_the_servers(self) -> None:
+        for percent in (1, 50, 50, 99, 0, 0):
+            self.report(percent)
+            self.now += 10
+        self.assertEqual([1, 50, 99, 0], self.saved)
+        self.assertEqual(6, len({id(each) for each in self.loaded}))
+
+    def test_it_is_written_every_few_seconds_and_at_the_end(self) -> None:
+        for percent in range(1, 21):
+            self.report(percent)
+            self.now += 1
+        self.assertEqual([1, 5, 9, 13, 17], self.saved)
+        self.report(0)
+        self.assertEqual(0, self.saved[-1])
+
+    def test_server_that_is_being_deleted_is_gone(self) -> None:
+        for state in (task_states.DELETING, task_states.SOFT_DELETING):
+            self.instance.task_state = state
+            self.assertRaises(exception.GuestGone, self.report, 50)
+        self.assertEqual([], self.saved)
+
+    def test_server_that_was_deleted_is_gone(self) -> None:
+        self.error = nova_exception.InstanceNotFound(instance_id=fakes.UUID)
+        self.assertRaises(exception.GuestGone, self.report, 50)
+
+    def test_other_states_end_nothing(self) -> None:
+        for state in (None, task_states.IMAGE_UPLOADING,
+                      task_states.SHELVING, task_states.POWERING_OFF):
+            self.instance.task_state = state
+            self.report(50)
+
+    def test_each_snapshot_has_one(self) -> None:
+        self.snapshot()
+        [taken] = self.taken
+        taken['report'](50)
+        self.assertEqual([50], self.saved)
 
 
 class TestNovaHost(DriverTestCase):

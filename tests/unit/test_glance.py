@@ -105,7 +105,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key == 'PUT /file':
             self.server.headers.append(dict(self.headers))
             self.server.bodies.append(body)
-        if what == 'lost answer':
+        if len(body) < length:
+            # As Glance does: what was cut off is no image.
+            self.close_connection = True
+        elif what == 'lost answer':
             self.upload(body)
             self.close_connection = True
         elif isinstance(what, int):
@@ -310,7 +313,7 @@ class TestUpload(GlanceTestCase):
 
     def test_image_that_is_deleted_between_attempts_is_gone(self) -> None:
         self.server.plan['PUT /file'] = ['cut']
-        self.server.plan['GET'] = [None, 404]
+        self.server.plan['GET'] = [None, None, 404]
         self.assertRaises(exception.ImageGone, self.publish)
         self.assertEqual(1, self.uploads())
 
@@ -318,6 +321,41 @@ class TestUpload(GlanceTestCase):
         self.server.plan['PUT /file'] = ['lost answer']
         self.publish(verify_hash=True)
         self.assertEqual(1, self.uploads())
+
+    def test_bytes_of_others_are_not_taken_for_ours(self) -> None:
+        self.server.add(status='active', size=len(CONTENT))
+        self.server.plan['PUT /file'] = [409]
+        self.assertRaises(exception.ImageRefused, self.publish)
+        self.assertEqual(1, self.uploads())
+
+    def test_upload_waits_until_glance_knows_that_the_last_one_broke(
+            self) -> None:
+        self.server.add(status='saving')
+        asked = 0
+
+        def sleep(seconds: float) -> None:
+            nonlocal asked
+            asked += 1
+            self.assertEqual(0, self.uploads())
+            if asked == 3:
+                self.server.add()
+        self.patch_name('time.sleep', sleep)
+        self.publish()
+        self.assertEqual(3, asked)
+
+    def test_error_of_the_progress_ends_the_upload(self) -> None:
+        for last in (0, 1024 ** 2):
+            self.server.add()
+            self.server.seen.clear()
+            reason = exception.GuestGone('deleted')
+
+            def progress(done: int, total: int) -> None:
+                if done >= last:
+                    raise reason
+            self.assertIs(reason, self.assertRaises(
+                exception.GuestGone, self.publish, progress=progress))
+            self.assertEqual('queued', self.stored['status'])
+            self.assertLessEqual(self.uploads(), 1)
 
     def test_server_that_is_not_there(self) -> None:
         proxy = self.proxy()
@@ -343,6 +381,69 @@ class TestUpload(GlanceTestCase):
     def test_there_must_be_a_cloud(self) -> None:
         self.assertRaises(exception.InvalidSetting, glance.GlanceService,
                           images.Destination())
+
+
+class TestCheck(GlanceTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.service = glance.GlanceService(images.Destination(
+            glance=self.proxy(), image_id=IMAGE, retries=2))
+
+    def test_image_that_is_there(self) -> None:
+        for status in ('queued', 'saving', 'active'):
+            self.server.add(status=status)
+            self.service.check()
+
+    def test_image_that_is_gone(self) -> None:
+        for status in (404, 410):
+            self.server.plan['GET'] = [status]
+            self.assertRaises(exception.ImageGone, self.service.check)
+        for word in ('deleted', 'pending_delete'):
+            self.server.add(status=word)
+            self.assertRaises(exception.ImageGone, self.service.check)
+
+    def test_no_other_answer_says_that_it_is_gone(self) -> None:
+        for status in (401, 403, 500, 502, 503, 'cut'):
+            self.server.plan['GET'] = [status] * 9
+            self.server.seen.clear()
+            with contextlib.suppress(exception.ImageRefused,
+                                     exception.ImageServiceUnreachable):
+                self.service.check()
+            self.assertLessEqual(len(self.server.seen), 2, 'it insists')
+
+    def test_image_that_is_not_made_yet_is_not_asked_for(self) -> None:
+        glance.GlanceService(images.Destination(glance=self.proxy())).check()
+        self.assertEqual([], self.server.seen)
+
+    def test_image_that_was_made_is_asked_for(self) -> None:
+        service = glance.GlanceService(
+            images.Destination(glance=self.proxy()))
+        service.publish(self.image, self.description(), False,
+                        requests.no_progress, self.log)
+        service.check()
+        self.server.images.clear()
+        self.assertRaises(exception.ImageGone, service.check)
+
+    def test_own_deletion_is_no_news(self) -> None:
+        self.server.short_by = 1
+        self.assertRaises(
+            exception.ImageDiffers, self.service.publish, self.image,
+            self.description(), False, requests.no_progress, self.log)
+        self.assertEqual({}, self.server.images)
+        self.service.check()
+
+    def test_own_deletion_while_it_is_asked_is_no_news(self) -> None:
+        real = self.service._request
+
+        def request(method: str, *arguments: typing.Any,
+                    **more: typing.Any) -> typing.Any:
+            if method == 'GET':
+                self.service._delete(IMAGE)
+            return real(method, *arguments, **more)
+        self.service._request = request  # type: ignore[method-assign]
+        self.service.check()
+        self.assertEqual({}, self.server.images)
 
 
 class TestVerify(GlanceTestCase):

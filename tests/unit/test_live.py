@@ -14,6 +14,7 @@ import os
 
 import libvirt
 
+from nova_snapshot_ext import cancellation
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import live
 from nova_snapshot_ext import frozen
@@ -123,6 +124,19 @@ class TestFreeze(LiveTestCase):
              'blockJobAbort vda', 'fsThaw', 'serve disk', 'read here',
              'end serve'], self.steps())
         self.assertEqual(frozen.Consistency.FILESYSTEM, found.consistency)
+
+    def test_copy_that_is_waited_for_ends_with_the_snapshot(self) -> None:
+        self.domain.copy_ready = False
+        cancelled = cancellation.Cancellation()
+        self.patch_name('time.sleep', lambda seconds: cancelled.cancel(
+            exception.ImageGone('deleted')))
+        self.assertRaises(exception.ImageGone, self.freeze,
+                          cancellation=cancelled)
+        self.assertEqual(
+            ['qemu-img create', 'blockCopy vda', 'blockJobAbort vda'],
+            self.steps())
+        self.assertEqual(0, self.log.pending)
+        self.assertEqual([], os.listdir(self.staging))
 
     def test_each_undo_is_written_before_its_step(self) -> None:
         self.freeze()

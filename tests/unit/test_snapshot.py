@@ -13,13 +13,18 @@
 import collections.abc
 import contextlib
 import os
+import threading
 import typing
 
+import fixtures
+
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base as flows
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import progress
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
@@ -43,7 +48,10 @@ class DemoFlow(flows.Flow):
     """Freezes by writing into the journal."""
 
     def __init__(self, name: str = 'demo',
-                 error: Exception | None = None) -> None:
+                 error: Exception | None = None,
+                 lost: str | None = None) -> None:
+        """:param lost: why the disk does not stay frozen"""
+        self.lost = lost
         self.name = name
         self.error = error
         self.why: str | None = None
@@ -72,7 +80,8 @@ class DemoFlow(flows.Flow):
             yield frozen.Frozen(
                 tuple(frozen.FrozenDisk(disk.target, 4096, '/s', 'e')
                       for disk in disks),
-                frozen.Consistency.FILESYSTEM, pause)
+                frozen.Consistency.FILESYSTEM, pause,
+                why_lost=lambda: self.lost)
         journal.append(f'released {self.name}')
 
 
@@ -94,6 +103,8 @@ class DemoTransfer(transfers.Transfer):
     independent = True
     why: str | None = None
     needs = 0
+    #: bytes made, of which it tells
+    tells = 0
 
     def obstacle(self, request: requests.Request) -> str | None:
         return self.why
@@ -112,6 +123,8 @@ class DemoTransfer(transfers.Transfer):
             log.push(remove_image, path=path)
             with open(path, 'wb') as file:
                 file.write(b'image')
+            if self.tells:
+                request.progress(self.tells, 10 ** 9)
             yield DemoBytes(path, self.independent)
 
 
@@ -129,6 +142,13 @@ class DemoService(images.ImageService):
     def __init__(self) -> None:
         self.descriptions: list[images.Description] = []
         self.verified: list[bool] = []
+        #: called when bytes are sent: before the first, and after the last
+        self.sending: collections.abc.Callable[[], object] = lambda: None
+        self.gone = False
+
+    def check(self) -> None:
+        if self.gone:
+            raise exception.ImageGone('deleted by a tenant')
 
     def prepare(self, description: images.Description,
                 most_bytes: int) -> None:
@@ -146,8 +166,11 @@ class DemoService(images.ImageService):
         self.verified.append(verify_hash)
         if self.error is not None:
             raise self.error
+        progress(0, 5)
+        self.sending()
         with image.open() as file:
             content = file.read()
+        progress(5, 5)
         assert content == b'image', content
         return images.Published('somewhere', len(content))
 
@@ -174,11 +197,12 @@ class SnapshotTestCase(base.TestCase):
         self.domain.disks = fakes.disk_xml(self.path)
         self.service = DemoService()
         self.transfer = DemoTransfer()
+        self.cancellation = cancellations.Cancellation()
 
 
 class TestTake(SnapshotTestCase):
 
-    def take(self, *candidates: DemoFlow,
+    def take(self, *candidates: DemoFlow, on_scratch_full: str = 'fail',
              **changes: typing.Any) -> snapshot.Result:
         planned = snapshot.Plan(
             self.guest.root_disk(),
@@ -186,7 +210,9 @@ class TestTake(SnapshotTestCase):
              for flow in candidates or (DemoFlow(),)],
             [snapshot.ChosenTransfer('demo-transfer', self.transfer)], 12345)
         return snapshot.take(
-            self.guest, self.host, planned, self.request(), self.service,
+            self.guest, self.host, planned,
+            self.request(on_scratch_full=on_scratch_full,
+                         cancellation=self.cancellation), self.service,
             images.Description('snap', 'raw', 'bare', {'mine': '1'}),
             **changes)
 
@@ -336,6 +362,198 @@ class TestTake(SnapshotTestCase):
                      'guest paused', '5 bytes', 'somewhere'):
             self.assertIn(word, line)
 
+    def assertNothingIsLeft(self) -> None:
+        self.assertEqual([], self.logs())
+        self.assertEqual([], os.listdir(self.staging))
+        self.assertIn('undo demo', journal)
+
+    # Progress
+
+    def test_progress_ends_at_0(self) -> None:
+        reports: list[int] = []
+        self.take(report=reports.append)
+        self.assertEqual([0], reports[-1:])
+        self.service.error = exception.ImageRefused('413')
+        reports.clear()
+        self.assertRaises(exception.ImageRefused, self.take,
+                          report=reports.append)
+        self.assertEqual([0], reports[-1:])
+
+    def test_making_and_sending_are_half_the_way_each(self) -> None:
+        self.transfer.tells = 6172      # of 12345 that are expected
+        for independent, expected in ((True, {25, 50, 100}),
+                                      (False, {25, 100})):
+            self.transfer.independent = independent
+            seen: set[int] = set()
+            real = progress.Meter._tell
+
+            def tell(meter: progress.Meter, *told: typing.Any) -> None:
+                real(meter, *told)
+                seen.add(meter.percent)
+            with fixtures.MonkeyPatch(
+                    'nova_snapshot_ext.progress.Meter._tell', tell):
+                self.take()
+            # 6172 of 12345 rounds down to 24.
+            self.assertEqual(expected - {25} | {24}, seen)
+
+    # Its end before its time
+
+    def test_image_that_is_deleted_ends_the_upload(self) -> None:
+        for independent in (True, False):
+            journal.clear()
+            self.cancellation = cancellations.Cancellation()
+            self.transfer.independent = independent
+            self.service.sending = lambda: self.cancellation.cancel(
+                exception.ImageGone('deleted by a tenant'))
+            self.assertRaisesRegex(exception.ImageGone, 'by a tenant',
+                                   self.take)
+            self.assertNothingIsLeft()
+
+    def test_image_service_is_asked_meanwhile(self) -> None:
+        self.patch_name('nova_snapshot_ext.attendant._LOOK_S', 0.01)
+        ended = threading.Event()
+
+        def send() -> None:
+            with self.cancellation.ending(ended.set):
+                self.service.gone = True
+                self.assertTrue(ended.wait(30))
+            raise exception.TransferFailed('it was killed')
+        self.service.sending = send
+        error = self.assertRaises(exception.ImageGone, self.take)
+        self.assertIsInstance(error.__cause__, exception.TransferFailed)
+        self.assertNothingIsLeft()
+
+    def test_server_that_is_deleted_ends_the_snapshot(self) -> None:
+        self.patch_name('nova_snapshot_ext.attendant._LOOK_S', 0.01)
+        ended = threading.Event()
+
+        def report(percent: int) -> None:
+            raise exception.GuestGone('it is being deleted')
+
+        def send() -> None:
+            with self.cancellation.ending(ended.set):
+                self.assertTrue(ended.wait(30))
+        self.service.sending = send
+        self.assertRaisesRegex(exception.GuestGone, 'being deleted',
+                               self.take, report=report)
+        self.assertNothingIsLeft()
+
+    def test_no_transfer_begins_after_the_end(self) -> None:
+        self.cancellation.cancel(exception.ImageGone('deleted'))
+        self.assertRaises(exception.ImageGone, self.take)
+        self.assertEqual([], journal.of('transfer'))
+        self.assertNothingIsLeft()
+
+    def test_no_other_flow_serves_after_the_end(self) -> None:
+        flow = DemoFlow('demo', exception.FreezeFailed('its copy was ended'))
+        self.cancellation.cancel(exception.ImageGone('deleted'))
+        self.assertRaises(exception.ImageGone, self.take, flow,
+                          DemoFlow('two'))
+        self.assertNotIn('freeze two', journal)
+        self.assertNothingIsLeft()
+
+    def fail_after(self, happened: collections.abc.Callable[
+            [], object]) -> None:
+        def send() -> None:
+            happened()
+            raise exception.TransferFailed('The mover failed')
+        self.service.sending = send
+
+    def test_guest_that_vanished_is_the_error(self) -> None:
+        self.fail_after(self.domain.gone)
+        self.assertRaises(exception.GuestGone, self.take)
+
+    def test_guest_that_nova_stopped_to_delete_it_is_gone(self) -> None:
+        def report(percent: int) -> None:
+            raise exception.GuestGone('it is being deleted')
+        self.fail_after(self.domain.off)
+        self.assertRaisesRegex(exception.GuestGone, 'being deleted',
+                               self.take, report=report)
+
+    def test_guest_that_was_shut_off_is_the_error(self) -> None:
+        self.fail_after(self.domain.off)
+        error = self.assertRaises(exception.TransferFailed, self.take)
+        self.assertIn('was shut off', str(error))
+
+    def test_guest_that_was_off_before_is_no_reason(self) -> None:
+        self.domain.off()
+        self.fail_after(lambda: None)
+        self.assertRaisesRegex(exception.TransferFailed,
+                               'The mover failed', self.take)
+
+    # The scratch
+
+    def lost(self) -> DemoFlow:
+        self.fail_after(lambda: None)
+        return DemoFlow('backup', lost='1 byte is free for the scratch')
+
+    def live(self) -> DemoFlow:
+        flow = DemoFlow('live')
+        real = flow.freeze
+
+        def freeze(*arguments: typing.Any) -> typing.Any:
+            self.service.sending = lambda: None
+            return real(*arguments)
+        flow.freeze = freeze  # type: ignore[method-assign]
+        return flow
+
+    def test_scratch_that_ran_short_is_the_error(self) -> None:
+        self.assertRaisesRegex(
+            exception.DiskThawed, '1 byte is free', self.take, self.lost(),
+            self.live())
+        self.assertNotIn('freeze live', journal)
+
+    def test_live_serves_where_the_scratch_ran_short(self) -> None:
+        calls: list[int] = []
+        result = self.take(
+            self.lost(), DemoFlow('other'), self.live(),
+            on_scratch_full='live', before_upload=lambda: calls.append(1))
+        self.assertEqual('live', result.flow)
+        self.assertEqual(
+            ['freeze backup', 'undo backup', 'freeze live', 'undo live'],
+            journal.of('freeze', 'undo'))
+        self.assertIn('backup lost the frozen disk of instance-00000001: '
+                      '1 byte is free for the scratch; live begins anew',
+                      self.output.output)
+        self.assertEqual([1], calls)
+        self.assertEqual('live', self.service.descriptions[-1].properties[
+            'snapshot_ext_flow'])
+        self.assertEqual([], self.logs())
+
+    def test_live_must_be_able_to_serve(self) -> None:
+        live = self.live()
+        live.why = 'another job'
+        self.assertRaises(exception.DiskThawed, self.take, self.lost(),
+                          live, on_scratch_full='live')
+        self.assertNotIn('freeze live', journal)
+        self.assertIn('live can not serve instance-00000001 either: another '
+                      'job', self.output.output)
+
+    def test_flow_that_was_named_is_not_replaced(self) -> None:
+        self.assertRaises(exception.DiskThawed, self.take, self.lost(),
+                          on_scratch_full='live')
+
+    def test_live_serves_once(self) -> None:
+        live = DemoFlow('live', lost='it ran short as well')
+        self.assertRaisesRegex(
+            exception.DiskThawed, 'as well', self.take, self.lost(), live,
+            on_scratch_full='live')
+        self.assertEqual(1, journal.count('freeze live'))
+
+    def test_no_flow_begins_anew_after_another_error(self) -> None:
+        self.service.error = exception.ImageRefused('413')
+        self.assertRaises(exception.ImageRefused, self.take,
+                          DemoFlow('backup'), self.live(),
+                          on_scratch_full='live')
+        self.assertNotIn('freeze live', journal)
+
+    def test_no_flow_begins_anew_on_a_guest_that_is_not_as_it_was(
+            self) -> None:
+        stuck.add('backup')
+        self.assertRaises(exception.DiskThawed, self.take, self.lost(),
+                          self.live(), on_scratch_full='live')
+        self.assertNotIn('freeze live', journal)
+
 
 class TestPlan(SnapshotTestCase):
 
@@ -391,7 +609,7 @@ class TestPlan(SnapshotTestCase):
 
     def test_room_for_image_and_flow_is_needed(self) -> None:
         self.transfer.needs = 600
-        self.flows['two'].bytes = 500
+        self.flows['one'].bytes = self.flows['two'].bytes = 500
         self.patch_name('nova_snapshot_ext.workspace.free_bytes',
                         lambda path: 1099)
         self.assertRaisesRegex(
@@ -400,6 +618,16 @@ class TestPlan(SnapshotTestCase):
         self.patch_name('nova_snapshot_ext.workspace.free_bytes',
                         lambda path: 1100)
         self.plan()
+
+    def test_flow_without_room_is_passed_over(self) -> None:
+        self.flows['one'].bytes = 500
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 499)
+        self.assertEqual(['two'], [
+            each.name for each in self.plan().candidates])
+        self.assertIn('two serves; one may need 500 bytes in '
+                      f'{self.staging}, where 499 are free',
+                      self.output.output)
 
     def test_unknown_transfer_is_refused(self) -> None:
         self.assertRaisesRegex(

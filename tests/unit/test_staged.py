@@ -32,8 +32,10 @@ class TestStaged(base.TestCase):
         self.log = self.new_log()
 
     def run_limited(self, *arguments: str, limits: object = None,
-                    timeout: object = None) -> str:
+                    timeout: object = None,
+                    cancellation: object = None) -> str:
         self.limits.append((limits, timeout))
+        self.cancellation = cancellation
         return self.qemu_img.run(*arguments)
 
     def convert(self, **changes: object) -> tuple[str, ...]:
@@ -74,6 +76,17 @@ class TestStaged(base.TestCase):
         [(limits, timeout)] = self.limits
         self.assertEqual(7, timeout)
         self.assertIsNotNone(limits)
+
+    def test_bandwidth_is_limited_if_that_is_asked_for(self) -> None:
+        self.assertNotIn('-r', self.convert())
+        command = self.convert(bandwidth=7)
+        self.assertEqual('7M', command[command.index('-r') + 1])
+
+    def test_program_ends_with_the_snapshot(self) -> None:
+        request = self.request()
+        with self.transfer.image(self.disk, request, self.log):
+            pass
+        self.assertIs(request.cancellation, self.cancellation)
 
     def test_image_can_be_read_from_its_first_byte_twice(self) -> None:
         with self.transfer.image(

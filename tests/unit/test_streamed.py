@@ -12,6 +12,7 @@
 
 import contextlib
 import sys
+import threading
 import typing
 
 from nova_snapshot_ext import exception
@@ -79,13 +80,6 @@ class TestStreamed(base.TestCase):
             self.request(compress=True)) or '')
         self.assertIsNone(self.transfer.obstacle(
             self.request(compress=True, image_format='raw')))
-
-    def test_disk_that_is_deleted_afterwards_is_an_obstacle(self) -> None:
-        request = self.request(only_copy=True)
-        self.assertIn('deleted', self.transfer.obstacle(request) or '')
-        self.patch_name('nova_snapshot_ext.transfers.streamed.'
-                        'SERVES_ONLY_COPIES', True)
-        self.assertIsNone(self.transfer.obstacle(request))
 
     def test_interpreter_without_libnbd_is_an_obstacle(self) -> None:
         self.why = 'install something'
@@ -216,13 +210,30 @@ class TestStreamed(base.TestCase):
         self.assertEqual(0, self.log.pending)
         self.assertEqual(0, self.transfer.staging_bytes(12345))
 
-    def test_undo_ends_the_mover_of_a_dead_owner(self) -> None:
+    def have_mover_wait(self) -> None:
+        """Have a mover that says its length, and no more."""
         self.patch_name('nova_snapshot_ext.mover_stream.command',
                         lambda python, *arguments: [
                             sys.executable, '-I', '-c',
                             'import sys, time;'
                             'print(\'{"length": 5}\', file=sys.stderr,'
                             ' flush=True); time.sleep(60)', *arguments])
+
+    def test_mover_that_is_waited_for_ends_with_the_snapshot(self) -> None:
+        self.have_mover_wait()
+        request = self.request()
+        with self.transfer.image(self.disk, request, self.log) as image:
+            timer = threading.Timer(
+                0.2, request.cancellation.cancel,
+                [exception.ImageGone('deleted')])
+            timer.start()
+            self.addCleanup(timer.join)
+            self.assertRaises(
+                exception.TransferFailed, image.open().read)
+        self.assertEqual(0, self.log.pending)
+
+    def test_undo_ends_the_mover_of_a_dead_owner(self) -> None:
+        self.have_mover_wait()
         with self.image() as image:
             [pending] = undo.read(self.log.path).pending.values()
             for _ in range(2):

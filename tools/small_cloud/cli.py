@@ -199,7 +199,7 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
         'bring everything up, take a snapshot by each flow, boot from each',
     )
     command.add_argument('--flavor', default='tiny')
-    command.add_argument('--flows', default='live,cold')
+    command.add_argument('--flows', default='backup,live,cold')
     command = add(
         'boot', _boot, 'boot a server and wait until its guest writes'
     )
