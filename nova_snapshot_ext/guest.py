@@ -322,6 +322,7 @@ class Guest:
 
         :param description: XML of virDomainBackupBegin
         """
+        self.activate_disks()
         with self._calling('Backup'):
             self._domain.backupBegin(
                 description, None,
@@ -375,6 +376,7 @@ class Guest:
         element = ElementTree.Element('disk', type='file')
         ElementTree.SubElement(element, 'source', file=overlay)
         ElementTree.SubElement(element, 'driver', type='qcow2')
+        self.activate_disks()
         with self._calling(f'Copy of {target}'):
             # With TRANSIENT_JOB the domain may stay persistent: libvirt
             # refuses a copy otherwise, because it could not take it up again
@@ -555,6 +557,28 @@ class Guest:
                 found: dict[str, typing.Any] = node
                 return found
         return None
+
+    def activate_disks(self) -> None:
+        """Let a paused guest's disks be written to, as a running one's are.
+
+        Since QEMU 10.0, those of a guest that was restored paused stay
+        inactive until it goes on: no job can begin on them, and to delete an
+        internal snapshot there is the end of QEMU (an assertion in
+        bdrv_co_write_req_prepare). Before, they were active at once.
+
+        :raises SnapshotError: if they may be another host's, by a migration
+        """
+        if self.state() is not State.PAUSED:
+            return
+        # QEMU 7.2 does not tell; they are active there.
+        if all(node.get('active', True)
+               for node in self.monitor('query-named-block-nodes')):
+            return
+        if self.job() is not None:
+            raise exception.SnapshotError(
+                f'The disks of {self.name} are inactive while a job is under '
+                f'way')
+        self.monitor('blockdev-set-active', active=True)
 
 
 def _host_address(device: str) -> dict[str, str]:

@@ -102,6 +102,7 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
         # virDomainSnapshotDelete answers 0 and does nothing where a raw
         # disk is attached as well (libvirt 9.0, which ignores what HMP's
         # delvm answers).
+        guest.activate_disks()
         guest.monitor('blockdev-snapshot-delete-internal-sync',
                       device=node['node-name'], name=name)
 

@@ -71,6 +71,15 @@ class BackupTest(test_flows.SnapshotTestCase):
         guest.domain.resume()
         self.assert_whole(guest)
 
+    def test_guest_that_was_restored_paused(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
+        self.restore_paused(guest)
+        _, image = self.take(guest, 'backup')
+        self.assert_good(image, 0, guest.counter())
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED, guest.domain.state()[0])
+        guest.domain.resume()
+        self.assert_whole(guest)
+
     def test_several_disks_are_frozen_at_one_instant(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
         ours = self.ours(guest)

@@ -125,6 +125,16 @@ class SnapshotTestCase(base.FunctionalTestCase):
                 {}, guest.domain.blockJobInfo(disk.target, 0))
             self.assert_no_internal_snapshot(disk)
 
+    def restore_paused(self, guest: guests.Guest):
+        """Save its memory and have it back, paused.
+
+        Since QEMU 10, its disks are inactive then.
+        """
+        guest.domain.suspend()
+        guest.domain.managedSave(0)
+        guest.domain.create()
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED, guest.domain.state()[0])
+
     def assert_no_internal_snapshot(self, disk: guests.MadeDisk):
         if disk.format == 'qcow2':
             found = json.loads(images.run(
@@ -306,6 +316,15 @@ class LiveTest(SnapshotTestCase):
             _, image = self.take(guest, 'live', kind)
             self.assert_good(image, before, guest.counter())
             self.assert_whole(guest)
+
+    def test_guest_that_was_restored_paused(self):
+        guest = self.guest(guests.Disk('overlay'))
+        self.restore_paused(guest)
+        _, image = self.take(guest, 'live')
+        self.assert_good(image, 0, guest.counter())
+        self.assertEqual(libvirt.VIR_DOMAIN_PAUSED, guest.domain.state()[0])
+        guest.domain.resume()
+        self.assert_whole(guest)
 
     def test_several_disks_are_frozen_at_one_instant(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))

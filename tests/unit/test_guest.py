@@ -10,6 +10,8 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import json
+
 import libvirt
 
 from nova_snapshot_ext import exception
@@ -270,3 +272,41 @@ class TestMonitor(base.TestCase):
         node = self.guest.format_node(path)
         self.assertEqual('n', node and node['node-name'])
         self.assertIsNone(self.guest.format_node('/other'))
+
+
+class TestInactiveDisks(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.active: dict[str, bool] = {'active': False}
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 0]
+        self.patch_name('libvirt_qemu.qemuMonitorCommand', self.monitor)
+
+    def monitor(self, domain: object, request: str, flags: int) -> str:
+        command = json.loads(request)
+        if command['execute'] == 'query-named-block-nodes':
+            return json.dumps({'return': [{'node-name': 'n', **self.active}]})
+        self.journal.append(request)
+        return '{"return": {}}'
+
+    def test_disks_of_a_guest_that_was_restored_paused(self) -> None:
+        self.guest.activate_disks()
+        self.assertEqual(
+            ['{"execute": "blockdev-set-active", '
+             '"arguments": {"active": true}}'], self.journal)
+
+    def test_active_disks_are_left_alone(self) -> None:
+        for self.active in {'active': True}, {}:
+            self.guest.activate_disks()
+        self.assertEqual([], self.journal)
+
+    def test_running_guest_is_not_asked(self) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 0]
+        self.guest.activate_disks()
+        self.assertEqual([], self.journal)
+
+    def test_disks_of_a_migration_are_left_alone(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.assertRaisesRegex(
+            exception.SnapshotError, 'inactive', self.guest.activate_disks)
+        self.assertEqual([], self.journal)

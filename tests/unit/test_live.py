@@ -250,6 +250,8 @@ class TestFreeze(LiveTestCase):
     def test_paused_guest_stays_paused(self) -> None:
         self.use_two_disks()
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        self.patch_name('libvirt_qemu.qemuMonitorCommand',
+                        lambda domain, request, flags: '{"return": []}')
         self.freeze()
         self.assertEqual([], self.journal.of('suspend', 'resume', 'fs'))
 
