@@ -26,6 +26,7 @@ _GROUP_BYTES = GROUP // 8
 #: of each byte, its bits from the lowest on, one byte each
 _UNPACKED = tuple(bytes(byte >> bit & 1 for bit in range(8))
                   for byte in range(256))
+_BITS = tuple(1 << bit for bit in range(8))
 _NONE = bytes(_GROUP_BYTES)
 _NONE_UNPACKED = bytes(GROUP)
 
@@ -49,9 +50,6 @@ class Clusters:
         """Mark every cluster that some of these bytes are in."""
         first = offset // CLUSTER
         end = -(-(offset + length) // CLUSTER)
-        if end - first == 1:
-            self._bits[first >> 3] |= 1 << (first & 7)
-            return
         whole = min(end, -(-first // 8) * 8)
         rest = max(whole, end // 8 * 8)
         for cluster in range(first, whole):
@@ -59,6 +57,24 @@ class Clusters:
         self._bits[whole // 8:rest // 8] = b'\xff' * ((rest - whole) // 8)
         for cluster in range(rest, end):
             self._bits[cluster >> 3] |= 1 << (cluster & 7)
+
+    def mark_extents(
+            self, extents: collections.abc.Iterable[tuple[int, int]],
+            end: int) -> None:
+        """Mark what millions of extents hold.
+
+        :param extents: offset and length of each in bytes, in order
+        :param end: what lies beyond does not count
+        """
+        bits = self._bits
+        for offset, length in extents:
+            if offset >= end:
+                break
+            first = offset // CLUSTER
+            if offset + length <= (first + 1) * CLUSTER:
+                bits[first >> 3] |= _BITS[first & 7]
+            else:
+                self.mark(offset, min(length, end - offset))
 
     def unmark(self, offset: int) -> None:
         """:param offset: of the first byte of a cluster"""

@@ -263,14 +263,9 @@ class _Question:
         lengths = entries[::2]
         data = map(nbd.STATE_ZERO.__and__, map(operator.invert, entries[1::2]))
         *starts, position = itertools.accumulate(lengths, initial=start)
-        mark = self._clusters.mark
-        end = self.end
-        for offset, length in itertools.compress(
-                zip(starts, lengths, strict=True), data):
-            # The last extent may reach beyond what was asked for, and beyond
-            # the disk.
-            if offset < end:
-                mark(offset, min(length, end - offset))
+        # The last extent may reach beyond what was asked for.
+        self._clusters.mark_extents(itertools.compress(
+            zip(starts, lengths, strict=True), data), self.end)
         self.position = position
         return 0
 

@@ -72,6 +72,22 @@ class TestClusters(base.TestCase):
         self.assertEqual(sorted(wanted), read)
 
     @SETTINGS
+    @hypothesis.given(extents(), strategies.integers(0, 20000 * CLUSTER))
+    def check_extents(self, disk: tuple[int, list[tuple[int, int]]],
+                      end: int) -> None:
+        size, found = disk
+        end = min(end, size)
+        one_by_one = marked(size, [(offset, min(length, end - offset))
+                                   for offset, length in found
+                                   if offset < end])
+        together = clusters.Clusters(size)
+        together.mark_extents(sorted(found), end)
+        self.assertEqual(list(one_by_one.runs()), list(together.runs()))
+
+    def test_extents_are_marked_together_as_one_by_one(self) -> None:
+        self.check_extents()
+
+    @SETTINGS
     @hypothesis.given(extents(), strategies.integers(0, 40),
                       strategies.integers(1, 40))
     def check_marked_within(
