@@ -75,7 +75,7 @@ class CommandLineTest(test_flows.SnapshotTestCase):
         done = self.run_command(
             'create', guest.uuid, '--to', self.images, '--staging',
             self.staging, '--format', 'raw')
-        self.assertIn('flow live, transfer staged', done.stdout)
+        self.assertIn('flow backup, transfer streamed', done.stdout)
         self.assertNotIn('\r', done.stderr)
 
     def test_flows_says_what_can_serve(self):
