@@ -208,14 +208,15 @@ def install_own(state: cloud_state.State) -> bool:
     checkout = cloud_state.CHECKOUT
     # Entry points live in the metadata, so an edit of these needs a new
     # install.
-    digest = _digest(
+    metadata = _digest(
         *(
             checkout / name
             for name in ('setup.cfg', 'setup.py', 'pyproject.toml')
         )
     )
+    version = f'{checkout} {metadata}'
     package = checkout / 'nova_snapshot_ext'
-    if state.is_done('own', digest):
+    if state.is_done('own', version):
         return True
     readable = processes.can_read('nova', package / '__init__.py')
     editable = ['--editable'] if readable else []
@@ -240,5 +241,5 @@ def install_own(state: cloud_state.State) -> bool:
         environment,
     )
     if readable:
-        state.mark_done('own', digest)  # a copy is made anew by every `up`
+        state.mark_done('own', version)  # a copy is made anew by every `up`
     return True
