@@ -27,6 +27,9 @@ complete image only.
 
 Standard input is the control pipe. Each line that comes is a JSON object:
 
+``{"begin": "sha512"}``
+    write the image, and hash it so; null for no hash. It waits for this when
+    it has said the length
 ``{"rest": N}``
     leave the disk alone for this part of the time from now on, from 0 to less
     than 1
@@ -44,6 +47,7 @@ import collections.abc
 import hashlib
 import json
 import os
+import queue
 import select
 import sys
 import threading
@@ -54,6 +58,7 @@ from nova_snapshot_ext import clusters as clusters_
 from nova_snapshot_ext import nbd
 from nova_snapshot_ext import qcow2
 from nova_snapshot_ext import tempo as tempos
+from nova_snapshot_ext import zeroes
 
 _ZEROES = memoryview(bytes(1024 ** 2))
 
@@ -61,12 +66,15 @@ _ZEROES = memoryview(bytes(1024 ** 2))
 class Output:
     """Where the image goes."""
 
-    def __init__(self, descriptor: int, algorithm: str | None) -> None:
-        """:param algorithm: of the hash of all that is written, if any"""
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._hash = hashlib.new(algorithm) if algorithm else None
+        self._hash: typing.Any = None
         #: bytes
         self.written = 0
+
+    def hash_by(self, algorithm: str | None) -> None:
+        """:param algorithm: of the hash of all that is written, if any"""
+        self._hash = hashlib.new(algorithm) if algorithm else None
 
     def write(self, data: bytes | memoryview) -> None:
         with memoryview(data) as view:
@@ -146,17 +154,24 @@ def pieces(clusters: clusters_.Clusters,
 
 
 def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
-         say: collections.abc.Callable[..., None]) -> None:
-    """Write the image, and say what there is to say."""
+         say: collections.abc.Callable[..., None],
+         begin: collections.abc.Callable[[], str | None]) -> None:
+    """Write the image, and say what there is to say.
+
+    :param begin: waits until the image is wanted; gives the hash's algorithm
+    """
     export = nbd.Export(options.unix, options.export, options.patience)
     if options.format == 'qcow2':
         # A size from hell must not take memory for its clusters first.
         qcow2.check_size(export.size)
     clusters = clusters_.Clusters(export.size)
     export.mark_data(clusters)
-    export.unmark_zeroes(clusters, tempo)
+    if options.format == 'qcow2':
+        # In a raw image there is no place that zeroes could not take.
+        zeroes.Finder(export, clusters, tempo).run()
     image = FORMATS[options.format](clusters)
     say(length=image.length)
+    output.hash_by(begin())
     image.write(
         export.read(pieces(clusters), options.in_flight, tempo), output)
     if output.written != image.length:
@@ -169,7 +184,8 @@ def _say(**words: object) -> None:
     print(json.dumps(words), file=sys.stderr, flush=True)
 
 
-def _obey(tempo: tempos.Tempo) -> None:
+def _obey(tempo: tempos.Tempo,
+          begun: 'queue.SimpleQueue[str | None]') -> None:
     """Do what comes by the control pipe, until nobody wants the image."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN)
@@ -180,8 +196,10 @@ def _obey(tempo: tempos.Tempo) -> None:
         while sys.stdout.fileno() not in dict(poll.poll()) and (
                 chunk := os.read(sys.stdin.fileno(), 4096)):
             *lines, words = (words + chunk).split(b'\n')
-            for line in lines:
-                tempo.rest = json.loads(line)['rest']
+            for told in map(json.loads, lines):
+                if 'begin' in told:
+                    begun.put(told['begin'])
+                tempo.rest = told.get('rest', tempo.rest)
     finally:
         os._exit(1)
 
@@ -211,7 +229,6 @@ def _parser() -> argparse.ArgumentParser:
                              'of life')
     parser.add_argument('--nice', type=int, default=0,
                         help='how much others on the processors go first')
-    parser.add_argument('--digest', help='say this hash of the image')
     parser.add_argument('--token', help='what the process is found by')
     return parser
 
@@ -223,9 +240,10 @@ def main() -> typing.NoReturn:
         options = _parser().parse_args()
         os.nice(options.nice)
         tempo = tempos.Tempo(options.bandwidth, options.rest)
-        threading.Thread(target=_obey, args=[tempo], daemon=True).start()
-        move(options, tempo, Output(sys.stdout.fileno(), options.digest),
-             _say)
+        begun: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(
+            target=_obey, args=[tempo, begun], daemon=True).start()
+        move(options, tempo, Output(sys.stdout.fileno()), _say, begun.get)
         code = 0
     except SystemExit as error:
         code = typing.cast(int, error.code)

@@ -82,7 +82,7 @@ class MoverStream(io.RawIOBase):
 
     :ivar length: of the image, in bytes, when :meth:`prepare` has returned
     :ivar position: how many of them were read
-    :ivar digest: the hash that was asked for, when all was read
+    :ivar digest: the hash that :meth:`begin` asked for, when all was read
     """
 
     def __init__(self, arguments: collections.abc.Sequence[str],
@@ -151,16 +151,26 @@ class MoverStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def begin(self, algorithm: str | None = None) -> None:
+        """Have the image written; to be called once.
+
+        :param algorithm: of the hash that is in :attr:`digest` at the end
+        """
+        self._tell(begin=algorithm)
+
     def rest(self, rest: float) -> None:
         """Have the mover leave the disk alone for a part of the time.
 
         :param rest: from 0 to less than 1, from now on
         """
-        words = json.dumps({'rest': rest}).encode() + b'\n'
+        self._tell(rest=rest)
+
+    def _tell(self, **words: object) -> None:
+        line = json.dumps(words).encode() + b'\n'
         # It may have ended, well or not: that is for the reader to find.
         with self._lock, contextlib.suppress(OSError):
             if self._control in self._open:
-                os.write(self._control, words)
+                os.write(self._control, line)
 
     def read(self, size: int = -1) -> bytes:
         """Some bytes, at most so many; none at the end only.

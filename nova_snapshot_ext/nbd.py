@@ -41,14 +41,6 @@ _QUESTIONS = 2
 #: flight
 _SPARE_BUFFERS = 2
 
-#: where zeroes that are stored are looked for: a place in each so many bytes
-#: of the disk, and more bytes where there would be more places with data, or
-#: more without
-_PROBE_DISTANCE = 4 * 1024 ** 2
-_PROBES = 16 * 1024
-_WINDOWS = 1024 ** 2
-_ZEROES = bytes(clusters_.CLUSTER)
-
 #: offset and length in bytes
 Piece = tuple[int, int]
 
@@ -69,7 +61,7 @@ class Export:
         """
         self._nbd = nbd.NBD()
         self._patience_s = patience_s
-        self._looked_at = _Buffer()
+        self._buffer = _Buffer()
         try:
             self._nbd.set_export_name(name)
             self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -119,73 +111,19 @@ class Export:
                 f'The server does not say where there is data: '
                 f'{error}') from error
 
-    def unmark_zeroes(self, clusters: clusters_.Clusters,
-                      tempo: tempos.Tempo) -> None:
-        """Find zeroes that are stored as data, and unmark their clusters.
+    def read_now(self, offset: int, length: int) -> bytearray:
+        """Read at most REQUEST bytes, and wait for them.
 
-        Only long stretches of them, as in a base image that was written
-        whole: one cluster here and there is looked at, and what is around it
-        if that holds zeroes. To read everything twice would take longer than
-        it could save.
-
-        :raises NbdError: if a read fails
+        :returns: a buffer that begins with them, until the next call
+        :raises NbdError: if the read fails
         """
-        reach = 0
-        for offset in _probes(clusters):
-            if offset >= reach and self._unmark(
-                    clusters, (offset, clusters_.CLUSTER), tempo):
-                self._unmark_backward(clusters, offset, tempo)
-                reach = self._unmark_forward(clusters, offset, tempo)
-
-    def _unmark_backward(self, clusters: clusters_.Clusters, offset: int,
-                         tempo: tempos.Tempo) -> None:
-        while offset > 0:
-            piece = max(0, offset - REQUEST), min(REQUEST, offset)
-            if not self._unmark(clusters, piece, tempo):
-                return
-            offset -= REQUEST
-
-    def _unmark_forward(self, clusters: clusters_.Clusters, offset: int,
-                        tempo: tempos.Tempo) -> int:
-        """:returns: up to where it was looked"""
-        offset += clusters_.CLUSTER
-        while offset < self.size:
-            if not self._unmark(clusters, (offset, REQUEST), tempo):
-                break
-            offset += REQUEST
-        return offset
-
-    def _unmark(self, clusters: clusters_.Clusters, piece: Piece,
-                tempo: tempos.Tempo) -> bool:
-        """:returns: whether half of what is stored there were zeroes"""
-        offset, length = piece
-        length = min(length, self.size - offset)
-        stored = clusters.marked_of(offset, length)
-        if not stored:
-            return False
-        zeroes = stored & set(self._zeroes_at(offset, length, tempo))
-        for offset in zeroes:
-            clusters.unmark(offset)
-        return 2 * len(zeroes) >= len(stored)
-
-    def _zeroes_at(self, offset: int, length: int,
-                   tempo: tempos.Tempo) -> list[int]:
-        """Where clusters of zeroes begin in these bytes.
-
-        The last cluster of a disk, if it is cut off, counts as data.
-        """
-        time.sleep(tempo.wait_s())
-        began = time.monotonic()
-        tempo.sent(length)
         try:
-            self._looked_at.ask(self._nbd, (offset, length))
-            while not self._looked_at.is_filled(self._nbd):
+            self._buffer.ask(self._nbd, (offset, length))
+            while not self._buffer.is_filled(self._nbd):
                 self._wait()
         except nbd.Error as error:
             raise _read_failed(error) from error
-        tempo.answered(time.monotonic() - began)
-        return [offset + at for at in range(0, length, clusters_.CLUSTER)
-                if self._looked_at.content.startswith(_ZEROES, at, length)]
+        return self._buffer.content
 
     def read(self, pieces: collections.abc.Iterable[Piece], in_flight: int,
              tempo: tempos.Tempo,
@@ -217,18 +155,6 @@ class Export:
 
 def _read_failed(error: Exception) -> NbdError:
     return NbdError(f'A read failed: {error}')
-
-
-def _probes(clusters: clusters_.Clusters) -> collections.abc.Iterator[int]:
-    """Offsets of clusters that hold data, far apart from each other."""
-    data = clusters.marked() * clusters_.CLUSTER
-    distance = _PROBE_DISTANCE * max(
-        1, -(-data // (_PROBES * _PROBE_DISTANCE)),
-        -(-clusters.size // (_WINDOWS * _PROBE_DISTANCE)))
-    for offset in range(0, clusters.size, distance):
-        found = clusters.first_marked(offset, distance)
-        if found is not None:
-            yield found
 
 
 class _Question:
@@ -360,7 +286,8 @@ class _Pipeline(threading.Thread):
             buffer = self._free.get(block=not self._flight)
         except queue.Empty:
             return False
-        if not self._flight:
+        if not self._flight or not self._tempo.rest:
+            self._burst = 0
             self._burst_began = time.monotonic()
         buffer.ask(self._nbd, piece)
         self._flight.append(buffer)

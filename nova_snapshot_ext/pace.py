@@ -15,18 +15,18 @@
 Reading takes from the guest: the same QEMU, or at least the same storage,
 serves both. libvirt counts the requests that a guest's disk has completed and
 how long they took, so for which part of the time the guest waited for its
-disk. Of that part a share is the guest's alone. A guest that waits for its
-disk all the time, with a share of 80 per cent, has it for itself for four
-fifths of the time; one that does nothing costs the snapshot nothing.
+disk. More than that it can't lose by our reading. While it is less than what
+the guest may lose, the disk is read without a rest; a guest that waits longer
+has the disk for itself for its share of the time.
 """
 
 import collections.abc
 import contextlib
-import threading
 import time
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 
@@ -45,7 +45,9 @@ def rest(before: guests.IoTimes, after: guests.IoTimes, elapsed_s: float,
     """
     # Several requests at the same time wait no longer than one.
     waiting = min(1.0, (after.seconds - before.seconds) / elapsed_s)
-    return share * max(0.0, waiting)
+    # In between it is in proportion: what it waits for depends on what is
+    # read, which would swing to and fro.
+    return share * min(1.0, max(0.0, waiting) / (1 - share))
 
 
 @contextlib.contextmanager
@@ -60,24 +62,27 @@ def kept(guest: guests.Guest, target: str, share: float,
         the disk is to be left alone from now on; with 0 when there is no
         guest any more to be spared
     """
-    ended = threading.Event()
+    at, before = time.monotonic(), guests.IoTimes(0, 0.0)
+    said = ''
 
-    def run() -> None:
+    def look() -> bool:
+        nonlocal at, before, said
         try:
-            at, before = time.monotonic(), guest.io_times(target)
-            while not ended.wait(POLL_S):
-                now, after = time.monotonic(), guest.io_times(target)
+            now, after = time.monotonic(), guest.io_times(target)
+            if before.requests:
                 obey(rest(before, after, now - at, share))
-                at, before = now, after
-        except exception.SnapshotError as error:
-            LOG.debug('%s of %s is not looked at any more: %s', target,
-                      guest.name, error)
+            at, before = now, after
+            return True
+        except exception.GuestGone:
             obey(0.0)
+            return False
+        except exception.SnapshotError as error:
+            # libvirt is restarted, say: it is asked again.
+            if str(error) != said:
+                said = str(error)
+                LOG.warning('What %s does on %s is not known: %s',
+                            guest.name, target, error)
+            return True
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    with beside.repeated(look, POLL_S):
         yield
-    finally:
-        ended.set()
-        thread.join()

@@ -24,10 +24,10 @@ import contextlib
 import ctypes
 import errno
 import os
-import threading
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import qemu_img
@@ -209,27 +209,21 @@ def watching(guest: guests.Guest,
              files: Files) -> collections.abc.Iterator[Watch]:
     """Watch the scratch of a guest's backup job until the scope ends."""
     watch = Watch(guest, files)
-    ended = threading.Event()
+    said = ''
 
-    def run() -> None:
-        said = ''
-        while not ended.wait(POLL_S):
-            try:
-                if not watch.look():
-                    return
-            except exception.GuestGone:
-                return
-            except exception.SnapshotError as error:
-                # libvirt is restarted, say: it is asked again.
-                if str(error) != said:
-                    said = str(error)
-                    LOG.warning('The scratch of %s can not be looked after: '
-                                '%s', guest.name, error)
+    def look() -> bool:
+        nonlocal said
+        try:
+            return watch.look()
+        except exception.GuestGone:
+            return False
+        except exception.SnapshotError as error:
+            # libvirt is restarted, say: it is asked again.
+            if str(error) != said:
+                said = str(error)
+                LOG.warning('The scratch of %s can not be looked after: %s',
+                            guest.name, error)
+            return True
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    with beside.repeated(look, POLL_S):
         yield watch
-    finally:
-        ended.set()
-        thread.join()

@@ -17,6 +17,9 @@ Runs in the mover, whose interpreter has the standard library only.
 
 import time
 
+#: however long something was under way; nothing asks for less by then
+_LONGEST_REST_S = 2.0
+
 
 class Tempo:
     """Says when the next read may be sent."""
@@ -27,20 +30,25 @@ class Tempo:
         :param rest: see :attr:`rest`
         """
         self._most = most
-        self._due = time.monotonic()
+        self._paid_at = time.monotonic()
+        self._answered_at = self._paid_at
+        self._after_s = 0.0
         #: part of the time in which nothing is read, from 0 to less than 1;
         #: another thread may change it
         self.rest = rest
 
     def wait_s(self) -> float:
         """Seconds until the next read may be sent, 0 if it may now."""
-        return max(0.0, self._due - time.monotonic())
+        rest_s = min(_LONGEST_REST_S,
+                     self._after_s * self.rest / (1 - self.rest))
+        return max(0.0, max(self._paid_at, self._answered_at + rest_s)
+                   - time.monotonic())
 
     def sent(self, length: int) -> None:
         """:param length: bytes that were asked for now"""
         if self._most:
             # What was not used of it before is not made up for.
-            self._due = max(self._due, time.monotonic()) + (
+            self._paid_at = max(self._paid_at, time.monotonic()) + (
                 length / self._most)
 
     def answered(self, after_s: float) -> None:
@@ -48,5 +56,5 @@ class Tempo:
 
         :param after_s: for how many seconds something was under way
         """
-        self._due = max(self._due, time.monotonic()
-                        + after_s * self.rest / (1 - self.rest))
+        self._answered_at = time.monotonic()
+        self._after_s = after_s

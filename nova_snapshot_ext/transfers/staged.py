@@ -15,9 +15,9 @@
 import collections.abc
 import contextlib
 import os
-import threading
 import typing
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import digest
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
@@ -99,17 +99,10 @@ def _convert(disk: frozen.FrozenDisk, path: str,
 def _telling_size(path: str, capacity: int, progress: requests.Progress,
                   ) -> collections.abc.Iterator[None]:
     """Tell how much of a file is written while something else writes it."""
-    ended = threading.Event()
+    def tell() -> bool:
+        with contextlib.suppress(OSError):
+            progress(os.stat(path).st_blocks * 512, capacity)
+        return True
 
-    def tell() -> None:
-        while not ended.wait(_PROGRESS_S):
-            with contextlib.suppress(OSError):
-                progress(os.stat(path).st_blocks * 512, capacity)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
+    with beside.repeated(tell, _PROGRESS_S):
         yield
-    finally:
-        ended.set()
-        thread.join()

@@ -73,7 +73,7 @@ class StreamedImage(image_bytes.ImageBytes):
 
         :raises TransferFailed: if the disk can't be read
         """
-        self._waiting = self._start(None)
+        self._waiting = self._start()
         self.length = self._waiting.length
 
     def rest(self, rest: float) -> None:
@@ -86,9 +86,8 @@ class StreamedImage(image_bytes.ImageBytes):
             self._last.rest(rest)
 
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
-        stream, self._waiting = self._waiting, None
-        if stream is None or algorithm is not None:
-            stream = self._start(algorithm)
+        stream, self._waiting = self._waiting or self._start(), None
+        stream.begin(algorithm)
         self._algorithm = algorithm
         # What the server knows of holes may change while the disk is frozen
         # (never what is in it), and so the image that is made of it.
@@ -98,12 +97,12 @@ class StreamedImage(image_bytes.ImageBytes):
     def digest(self, algorithm: str) -> str:
         if algorithm != self._algorithm or self._last is None or (
                 self._last.digest is None):
-            length = self.length
-            stream = self._start(algorithm, discard=True)
-            if stream.length != length:
+            stream = self._start(discard=True)
+            if stream.length != self.length:
                 raise exception.TransferFailed(
-                    f'The image of {length} bytes can not be made again to '
-                    f'compute its {algorithm}: it has {stream.length} now')
+                    f'The image of {self.length} bytes can not be made again '
+                    f'to compute its {algorithm}: it has {stream.length} now')
+            stream.begin(algorithm)
             stream.finish()
             self._algorithm = algorithm
         assert self._last is not None and self._last.digest is not None
@@ -114,13 +113,10 @@ class StreamedImage(image_bytes.ImageBytes):
         if self._last is not None:
             self._last.close()
 
-    def _start(self, algorithm: str | None,
-               discard: bool = False) -> mover_stream.MoverStream:
+    def _start(self, discard: bool = False) -> mover_stream.MoverStream:
         self.close()
-        arguments = [*self._arguments, f'--rest={self._rest}']
-        if algorithm is not None:
-            arguments.append(f'--digest={algorithm}')
-        self._last = mover_stream.MoverStream(arguments, discard)
+        self._last = mover_stream.MoverStream(
+            [*self._arguments, f'--rest={self._rest}'], discard)
         self._last.prepare()
         return self._last
 

@@ -321,7 +321,8 @@ class TestFaults(StreamedTestCase):
                 if name.startswith('nova_snapshot_ext.')}
         self.assertEqual(
             {f'nova_snapshot_ext.{name}'
-             for name in ('mover', 'nbd', 'qcow2', 'clusters', 'tempo')}, ours)
+             for name in ('mover', 'nbd', 'qcow2', 'clusters', 'tempo',
+                          'zeroes')}, ours)
         self.assertIsNone(re.search(r'\boslo|\bstevedore\b', found))
 
 

@@ -58,6 +58,7 @@ stream = mover_stream.MoverStream([
     'time.sleep(1); write(1); sys.stdout.buffer.flush(); time.sleep(1);'
     'say(written=5); sys.stderr.flush(); os.close(2); time.sleep(1)'])
 stream.prepare()
+stream.begin()
 eventlet.sleep(0.1)
 print(longest)
 longest = 0
@@ -176,7 +177,15 @@ class TestReading(StreamTestCase):
             self.stream('say(length=9); end(1)', discard=True).finish)
 
 
-class TestRest(StreamTestCase):
+class TestControl(StreamTestCase):
+
+    def test_image_is_begun_by_a_word(self) -> None:
+        stream = self.stream(
+            'say(length=5); told = json.loads(sys.stdin.readline());'
+            'write(5); say(written=5, digest=told["begin"])')
+        stream.begin('sha256')
+        self.assertEqual(b'xxxxx', stream.read())
+        self.assertEqual('sha256', stream.digest)
 
     def test_mover_is_told(self) -> None:
         stream = self.stream(

@@ -31,11 +31,18 @@ with open({path!r}, 'rb') as file: image = file.read()
 with open({path!r} + '.log', 'a') as log: print(*arguments, file=log)
 def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
 say(length=len(image))
+name = None
+for line in sys.stdin:
+    told = json.loads(line)
+    if 'begin' in told:
+        name = told['begin']
+        break
+else:
+    sys.exit(1)
 sys.stdout.buffer.write(image)
 sys.stdout.buffer.flush()
-names = [a[9:] for a in arguments if a.startswith('--digest=')]
 say(written=len(image),
-    digest=hashlib.new(names[0], image).hexdigest() if names else None)
+    digest=hashlib.new(name, image).hexdigest() if name else None)
 """
 
 
@@ -164,13 +171,12 @@ class TestStreamed(base.TestCase):
         with self.image() as image:
             with image.open('sha256') as file:
                 file.read()
-            movers = len(self.started())
             self.assertEqual(expected, image.digest('sha256'))
-            self.assertEqual(movers, len(self.started()))
+            self.assertEqual(1, len(self.started()), 'it was read twice')
             with image.open() as file:
                 file.read()
             self.assertEqual(expected, image.digest('sha256'))
-            self.assertEqual(movers + 2, len(self.started()))
+            self.assertEqual(3, len(self.started()))
 
     def test_hash_of_another_image_is_none(self) -> None:
         with self.image() as image:
