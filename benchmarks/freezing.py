@@ -16,6 +16,7 @@ import collections.abc
 import contextlib
 import pathlib
 import time
+import typing
 
 import libvirt
 from oslo_config import cfg
@@ -37,7 +38,7 @@ _URI = 'qemu:///system'
 _BETWEEN_S = 1.0
 
 
-def settings() -> cfg.ConfigOpts.GroupAttr:
+def settings() -> typing.Any:
     """[snapshot_ext] as it is where nobody sets anything."""
     configuration = cfg.ConfigOpts()
     confs.register_opts(configuration)

@@ -29,6 +29,7 @@ from benchmarks import guests
 from benchmarks import proc
 from benchmarks import progress
 from benchmarks import results
+from benchmarks import touched
 from benchmarks import watching
 
 _DROP_CACHES = pathlib.Path('/proc/sys/vm/drop_caches')
@@ -73,8 +74,8 @@ def measure(cloud: clouds.Cloud, guest: guests.Guest,
             pid = request.pid
             before = proc.used(pid)
             device_before = proc.device_written_bytes(cloud.root)
-            with watching.Watch(cloud.staging, cloud.scratch,
-                                qemu) as watch:
+            with _touched(guest, contestant) as clusters, watching.Watch(
+                    cloud.staging, cloud.scratch, qemu) as watch:
                 began = time.monotonic()
                 image_id = request.send()
                 image = cloud.wait_active(image_id)
@@ -96,6 +97,7 @@ def measure(cloud: clouds.Cloud, guest: guests.Guest,
         contestant=contestant.name, round=number, data_gib=guest.data_gib,
         seconds=ended - began, image_bytes=image.size,
         staged_bytes=watch.staged_bytes, scratch_bytes=watch.scratch_bytes,
+        touched_bytes=clusters.bytes if clusters else None,
         written_bytes=used.written_bytes if contestant.setup else 0,
         device_bytes=(None if device_before is None or device_after is None
                       else device_after - device_before),
@@ -185,6 +187,15 @@ def _request(cloud: clouds.Cloud, guest: guests.Guest,
     finally:
         process.kill()
         process.communicate()
+
+
+def _touched(
+        guest: guests.Guest, contestant: contestants.Contestant,
+) -> contextlib.AbstractContextManager[touched.Touched | None]:
+    """Only a backup job has a scratch to compare it with."""
+    if contestant.flow != 'backup':
+        return contextlib.nullcontext()
+    return touched.counted(str(guest.server.id))
 
 
 def _check(contestant: contestants.Contestant,
