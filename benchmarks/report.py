@@ -26,32 +26,55 @@ _MIB = 1024 ** 2
 _NOTHING = '–'
 
 Rows = collections.abc.Sequence[results.Snapshot]
+#: heading, figure, digits behind the point
 Column = tuple[
     str, collections.abc.Callable[[results.Snapshot], float | None], int]
+Columns = collections.abc.Sequence[Column]
 
-#: heading, figure, digits behind the point
-_COLUMNS: tuple[Column, ...] = (
-    ('request to active, s', lambda each: each.seconds, 1),
+_SECONDS: Column = ('request to active, s', lambda each: each.seconds, 1)
+_STAGED: Column = (
+    'staged, MiB', lambda each: each.staged_bytes / _MIB, 0)
+_SCRATCH: Column = (
+    'scratch, MiB', lambda each: each.scratch_bytes / _MIB, 1)
+_SILENCE: Column = ('guest silent, s', lambda each: each.silence_s, 2)
+_SHARE: Column = ('rounds ÷ idle', lambda each: each.share, 2)
+#: what a snapshot is for whoever asks for it, and for the guest
+_SEEN: tuple[Column, ...] = (
+    _SECONDS,
+    ('guest pause, s', lambda each: each.pause_s, 2),
+    _SILENCE,
+    _SHARE,
+    ('rounds a second, idle', lambda each: each.idle_rounds_per_s, 0),
+)
+#: what it costs the host
+_COSTS: tuple[Column, ...] = (
     ('image, MiB', lambda each: each.image_bytes / _MIB, 0),
-    ('staged, MiB', lambda each: each.staged_bytes / _MIB, 0),
-    ('scratch, MiB', lambda each: each.scratch_bytes / _MIB, 1),
+    _STAGED,
+    _SCRATCH,
     ('written by nova-compute, MiB',
-     lambda each: each.written_bytes / _MIB, 0),
-    ('written to the device, MiB',
+     lambda each: each.written_bytes / _MIB, 1),
+    ('written by all, MiB',
      lambda each: (None if each.device_bytes is None
                    else each.device_bytes / _MIB), 0),
-    ('guest pause, s', lambda each: each.pause_s, 2),
-    ('guest silent, s', lambda each: each.silence_s, 2),
-    ('rounds ÷ idle', lambda each: each.share, 2),
-    ('CPU s: nova-compute', lambda each: each.compute_cpu_s, 1),
-    ('mover, qemu-img, qemu-nbd', lambda each: each.children_cpu_s, 1),
-    ('QEMU', lambda each: each.qemu_cpu_s, 1),
+    ('CPU of nova-compute, s', lambda each: each.compute_cpu_s, 1),
+    ('CPU of mover, qemu-img, qemu-nbd, s',
+     lambda each: each.children_cpu_s, 1),
+    ('CPU of QEMU, s', lambda each: each.qemu_cpu_s, 1),
+)
+_GROWTH: tuple[Column, ...] = (
+    _SECONDS, _STAGED, _SCRATCH, _SILENCE, _SHARE,
+    ('CPU without QEMU, s',
+     lambda each: each.compute_cpu_s + each.children_cpu_s, 1),
 )
 
 
-def _cells(rows: Rows) -> tuple[str, ...]:
+def _headings(columns: Columns) -> tuple[str, ...]:
+    return tuple(heading for heading, _, _ in columns)
+
+
+def _cells(columns: Columns, rows: Rows) -> tuple[str, ...]:
     found = [(spread.Spread.of(map(figure, rows)), digits)
-             for _, figure, digits in _COLUMNS]
+             for _, figure, digits in columns]
     return tuple(each.text(digits) if each is not None else _NOTHING
                  for each, digits in found)
 
@@ -63,27 +86,57 @@ def labels(taken: results.Results) -> dict[str, str]:
             if any(row.contestant == each.name for row in taken.snapshots)}
 
 
+def _by_floor(taken: results.Results, found: Rows) -> str:
+    value = spread.ratio(
+        spread.Spread.of(each.seconds for each in found),
+        spread.Spread.of(
+            each.seconds for each in taken.of(contestants.FLOOR)))
+    return _NOTHING if value is None else f'{value:.2f}'
+
+
 def contestants_table(taken: results.Results) -> table.Table:
-    floor = spread.Spread.of(
-        each.seconds for each in taken.of(contestants.FLOOR))
-    rows = []
-    for name, label in labels(taken).items():
-        found = taken.of(name)
-        by_floor = spread.ratio(
-            spread.Spread.of(each.seconds for each in found), floor)
-        rows.append((label, _NOTHING if by_floor is None
-                     else f'{by_floor:.2f}', *_cells(found)))
     return table.Table(
         'contestants', f'Every contestant, {taken.data_gib:g} GiB of data: '
         f'median (least – most)',
-        ('What', '÷ floor', *(heading for heading, _, _ in _COLUMNS)), rows)
+        ('What', '÷ floor', *_headings(_SEEN)),
+        [(label, _by_floor(taken, found), *_cells(_SEEN, found))
+         for name, label in labels(taken).items()
+         if (found := taken.of(name))])
+
+
+def costs_table(taken: results.Results) -> table.Table:
+    return table.Table(
+        'costs', f'What it costs the host, {taken.data_gib:g} GiB of data: '
+        f'median (least – most)',
+        ('What', *_headings(_COSTS)),
+        [(label, *_cells(_COSTS, found))
+         for name, label in labels(taken).items()
+         if (found := taken.of(name))])
+
+
+def shares_table(taken: results.Results) -> table.Table:
+    """What guest and snapshot get under each setting of guest_share."""
+    names = labels(taken)
+    settings = [
+        (str(share), taken.of(f'{contestants.DEFAULT}-share-{share}'))
+        for share in taken.about['shares']]
+    columns = (_SECONDS, _SHARE, _SILENCE)
+    rows = [(setting, _by_floor(taken, found), *_cells(columns, found))
+            for setting, found in settings if found]
+    if rows and contestants.DEFAULT in names:
+        found = taken.of(contestants.DEFAULT)
+        rows.append(('the default', _by_floor(taken, found),
+                     *_cells(columns, found)))
+    return table.Table(
+        'shares', 'backup and streamed under settings of guest_share',
+        ('guest_share', '÷ floor', *_headings(columns)), rows)
 
 
 def growth_table(taken: results.Results) -> table.Table:
     return table.Table(
         'growth', 'Growth over the data in the disk',
-        ('What', 'Data, GiB', *(heading for heading, _, _ in _COLUMNS)),
-        [(label, f'{size:g}', *_cells(found))
+        ('What', 'Data, GiB', *_headings(_GROWTH)),
+        [(label, f'{size:g}', *_cells(_GROWTH, found))
          for name, label in labels(taken).items()
          if len({each.data_gib for each in taken.snapshots
                  if each.contestant == name}) > 1
@@ -120,8 +173,8 @@ def mover_table(taken: results.Results) -> table.Table:
             ('2 TiB of alternating extents: seconds of a processor for it',
              [each.laid_out_cpu_s for each in taken.memory], 1)):
         found = spread.Spread.of(values)
-        rows.append((what, _NOTHING if found is None
-                     else found.text(digits)))
+        if found is not None:
+            rows.append((what, found.text(digits)))
     return table.Table('mover', 'The mover alone', ('What', 'Measured'),
                        rows)
 
@@ -146,11 +199,10 @@ def about_table(taken: results.Results) -> table.Table:
 
 
 def tables(taken: results.Results) -> list[table.Table]:
-    """All of them; those without rows are left out by nobody: an empty one
-    says that it was not measured.
-    """
+    """All of them, also those without rows: nothing was measured then."""
     return [about_table(taken), contestants_table(taken),
-            growth_table(taken), freezes_table(taken), mover_table(taken),
+            costs_table(taken), shares_table(taken), growth_table(taken),
+            freezes_table(taken), mover_table(taken),
             targets.as_table(taken)]
 
 

@@ -37,12 +37,11 @@ class Spread:
                    len(known))
 
     def text(self, digits: int = 1) -> str:
-        """The median, and the least and the most where there are several."""
-        middle = f'{self.median:.{digits}f}'
-        if self.count == 1:
-            return middle
-        return (f'{middle} ({self.least:.{digits}f} – '
-                f'{self.most:.{digits}f})')
+        """The median, and the least and the most where they differ."""
+        middle, least, most = (
+            f'{value:.{digits}f}'
+            for value in (self.median, self.least, self.most))
+        return middle if least == most else f'{middle} ({least} – {most})'
 
 
 def ratio(first: Spread | None, second: Spread | None) -> float | None:

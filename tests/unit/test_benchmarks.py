@@ -59,8 +59,9 @@ class TestSpread(base.TestCase):
         self.assertEqual(spread.Spread(2.5, 1.0, 10.0, 4), found)
         self.assertEqual('2.5 (1.0 – 10.0)', found.text(1))
 
-    def test_one_measurement_has_no_spread(self) -> None:
+    def test_what_looks_the_same_has_no_spread(self) -> None:
         self.assertEqual('1.25', spread.Spread.of([1.25]).text(2))
+        self.assertEqual('1.3', spread.Spread.of([1.26, 1.34]).text(1))
 
     def test_nothing_measured(self) -> None:
         self.assertIsNone(spread.Spread.of([None]))
@@ -298,8 +299,26 @@ class TestTables(base.TestCase):
              ('backup, streamed', '1.30')],
             [row[:2] for row in made.rows])
         self.assertEqual('13.0 (12.0 – 14.0)', made.rows[1][2])
-        for row in made.rows:
-            self.assertEqual(len(made.header), len(row))
+
+    def test_settings_of_guest_share_beside_the_default(self) -> None:
+        default = snapshot('backup-streamed', 12.0)
+        self.assertEqual([], report.shares_table(run_of(default)).rows)
+        made = report.shares_table(run_of(
+            default, snapshot('floor', 10.0),
+            snapshot('backup-streamed-share-0', 11.0),
+            snapshot('backup-streamed-share-90', 30.0, rounds_per_s=45.0)))
+        self.assertEqual(
+            [('0', '1.10', '11.0', '0.70'), ('90', '3.00', '30.0', '0.90'),
+             ('the default', '1.20', '12.0', '0.70')],
+            [row[:4] for row in made.rows])
+
+    def test_every_row_has_a_cell_for_each_heading(self) -> None:
+        taken = run_of(*(snapshot(each.name, 10.0, data_gib=size)
+                         for each in contestants.every((0, 90))
+                         for size in (2.0, 4.0)))
+        for made in report.tables(taken):
+            for row in made.rows:
+                self.assertEqual(len(made.header), len(row), made.name)
 
     def test_growth_is_of_those_with_several_sizes(self) -> None:
         made = report.growth_table(run_of(
