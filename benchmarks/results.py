@@ -132,6 +132,7 @@ class Results:
 
     def save(self, path: pathlib.Path) -> None:
         """Write all of it, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f'{path.name}.new')
         new.write_text(json.dumps(dataclasses.asdict(self), indent=1) + '\n')
         os.replace(new, path)

@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import pathlib
 
+from openstack import exceptions as sdk_exceptions
+
 from benchmarks import cloud as clouds
 from benchmarks import contestants
 from benchmarks import errors
@@ -27,6 +29,7 @@ from benchmarks import memory
 from benchmarks import piping
 from benchmarks import progress
 from benchmarks import results
+from nova_snapshot_ext import exception
 
 PARTS = ('snapshots', 'growth', 'freezes', 'pipes', 'memory')
 #: who is measured over all sizes
@@ -150,7 +153,8 @@ class Run:
         """Save what was measured; without it, go on with the rest."""
         try:
             yield
-        except errors.BenchmarkError as error:
+        except (errors.BenchmarkError, exception.SnapshotError,
+                sdk_exceptions.SDKException) as error:
             self._skip(f'{what}: {error}')
         finally:
             self._results.save(self._path)

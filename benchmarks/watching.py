@@ -13,6 +13,7 @@
 """What can only be seen while it happens, looked at several times a second."""
 
 import contextlib
+import os
 import pathlib
 import threading
 
@@ -22,12 +23,15 @@ _POLL_S = 0.1
 
 
 def held_bytes(directory: pathlib.Path) -> int:
-    """What the files below a directory take of the disk."""
+    """What the files below a directory take of the disk.
+
+    Files, and directories, may go meanwhile.
+    """
     held = 0
-    for path in directory.rglob('*'):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                held += path.lstat().st_blocks * 512
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                held += os.lstat(os.path.join(parent, name)).st_blocks * 512
     return held
 
 

@@ -161,6 +161,7 @@ class TestWatching(base.TestCase):
     def test_what_files_take_of_the_disk(self) -> None:
         directory = pathlib.Path(self.new_directory('held'))
         self.assertEqual(0, watching.held_bytes(directory))
+        self.assertEqual(0, watching.held_bytes(directory / 'gone'))
         (directory / 'below').mkdir()
         self.assertEqual(0, watching.held_bytes(directory))
         with (directory / 'below' / 'sparse').open('wb') as file:
