@@ -88,8 +88,7 @@ class Cloud:
     @contextlib.contextmanager
     def ours(self) -> collections.abc.Iterator[None]:
         """Have the cloud, and leave it as it was."""
-        choices = self._state.etc / 'compute-choices.json'
-        before = json.loads(choices.read_text()) if choices.exists() else {}
+        before = self._choices()
         with contextlib.ExitStack() as stack:
             stack.callback(self._restore, before)
             stack.callback(self._remove_what_is_ours)
@@ -99,7 +98,17 @@ class Cloud:
             shutil.chown(self.scratch, 'nova', 'nova')
             yield
 
+    def _choices(self) -> dict[str, typing.Any]:
+        """Driver and settings, as tools/cloud keeps them."""
+        path = self._state.etc / 'compute-choices.json'
+        if not path.exists():
+            return {}
+        choices: dict[str, typing.Any] = json.loads(path.read_text())
+        return choices
+
     def _restore(self, choices: dict[str, typing.Any]) -> None:
+        if choices == self._choices():
+            return
         settings = [
             f'{section}.{option}={value}'
             for section, options in choices.get('overrides', {}).items()

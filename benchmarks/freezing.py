@@ -65,6 +65,8 @@ def frozen_by_backup(cloud: clouds.Cloud, guest: guests.Guest,
                      ) -> collections.abc.Iterator[frozen.Frozen]:
     """Have the root disk frozen."""
     request = _request(cloud.work)
+    # libvirt prints errors by itself if it is let.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
     connection = libvirt.open(_URI)
     try:
         domain = our_guests.Guest.find(
