@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import time
 import typing
 
@@ -39,6 +40,15 @@ PREFIX = 'benchmark-'
 #: seconds; how late an image can be seen to be active
 _POLL_S = 0.25
 _TIMEOUT_S = 900.0
+
+
+def _ignore_signals() -> None:
+    """Let nobody disturb what follows: it leaves things as they were.
+
+    By handlers, which programs that are started do not inherit.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
 
 
 class Cloud:
@@ -92,6 +102,7 @@ class Cloud:
         with contextlib.ExitStack() as stack:
             stack.callback(self._restore, before)
             stack.callback(self._remove_what_is_ours)
+            stack.callback(_ignore_signals)
             self._remove_what_is_ours()
             self.work.mkdir(mode=0o755)
             self.scratch.mkdir(mode=0o755)

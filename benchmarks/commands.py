@@ -24,8 +24,10 @@ def run(*command: str | pathlib.Path) -> str:
     :raises BenchmarkError: if it fails, with the end of what it said
     """
     words = [str(word) for word in command]
+    # In a session of its own: Ctrl-C is ours to answer.
     done = subprocess.run(words, stdin=subprocess.DEVNULL, text=True,
-                          capture_output=True, errors='replace')
+                          capture_output=True, errors='replace',
+                          start_new_session=True)
     if done.returncode:
         said = (done.stdout + done.stderr).strip()[-2000:]
         raise errors.BenchmarkError(f'{" ".join(words)}: {said}')
