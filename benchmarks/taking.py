@@ -16,6 +16,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import pathlib
+import time
 
 from openstack import exceptions as sdk_exceptions
 
@@ -116,6 +117,7 @@ class Run:
             names: collections.abc.Sequence[contestants.Contestant],
             rounds: int) -> None:
         for number in range(1, rounds + 1):
+            began = time.monotonic()
             for each in contestants.round_of(names, number):
                 if self._results.has(each.name, guest.data_gib, number):
                     continue
@@ -124,6 +126,10 @@ class Run:
                         cloud, guest, each, number,
                         idle_s=self._parameters.idle_s,
                         drop_caches=self._parameters.drop_caches))
+            minutes = (time.monotonic() - began) / 60
+            progress.say(f'round {number} took {minutes:.1f} minutes; '
+                         f'{rounds - number} more with {guest.data_gib:g} '
+                         f'GiB')
 
     def _take_freezes(self, cloud: clouds.Cloud, guest: guests.Guest,
                       ) -> None:
