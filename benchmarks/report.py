@@ -24,6 +24,8 @@ from benchmarks import targets
 
 _MIB = 1024 ** 2
 _NOTHING = '–'
+#: rounds, for medians that can be compared
+_ENOUGH = 5
 
 Rows = collections.abc.Sequence[results.Snapshot]
 #: heading, figure, digits behind the point
@@ -189,7 +191,9 @@ def about_table(taken: results.Results) -> table.Table:
             [f'QEMU {about["qemu"]}', f'libvirt {about["libvirt"]}', *(
                 f'{name} {version}'
                 for name, version in about['versions'].items())])),
-        ('rounds', f'{about["rounds"]}; {about["growth_rounds"]} for growth'),
+        ('rounds', f'{about["rounds"]}; {about["growth_rounds"]} for growth'
+         + ('' if about['rounds'] >= _ENOUGH else
+            f'. A trial: figures that count take {_ENOUGH}')),
         ('page cache', 'dropped before each' if about['drop_caches']
          else 'kept'),
     ]

@@ -321,6 +321,12 @@ class TestTables(base.TestCase):
             for row in made.rows:
                 self.assertEqual(len(made.header), len(row), made.name)
 
+    def test_few_rounds_are_called_a_trial(self) -> None:
+        taken = run_of()
+        self.assertNotIn('trial', report.about_table(taken).text())
+        taken.about['rounds'] = 4
+        self.assertIn('trial', report.about_table(taken).text())
+
     def test_growth_is_of_those_with_several_sizes(self) -> None:
         made = report.growth_table(run_of(
             snapshot('floor', 10.0), snapshot('nova-cold', 10.0),
