@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
                       help='how long the guest is watched alone before each')
     take.add_argument('--keep-caches', action='store_true',
                       help='do not drop the host\'s page cache before each')
+    take.add_argument('--store', choices=('memory', 'disk'),
+                      default='memory', help='where Glance keeps images '
+                      'meanwhile: on tmpfs, as if its disk were another '
+                      'host\'s, or on the disk that the guest has too')
     take.add_argument('--only', type=_words, default=(), metavar='NAME,...',
                       help='these contestants')
     take.add_argument('--parts', type=_words, default=(), metavar='PART,...',
@@ -115,7 +119,7 @@ def _take(options: argparse.Namespace) -> int:
         rounds=options.rounds, data_gib=options.data,
         growth_gib=options.growth, growth_rounds=options.growth_rounds,
         shares=options.shares, idle_s=options.idle,
-        drop_caches=drop_caches, only=options.only,
+        drop_caches=drop_caches, store=options.store, only=options.only,
         parts=options.parts or taking.PARTS)
     path = options.output or RESULTS / (
         f'{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M}.json')

@@ -81,6 +81,11 @@ class Cloud:
         return self._state.nova / 'benchmark-scratch'
 
     @property
+    def _store(self) -> pathlib.Path:
+        """Where Glance keeps images."""
+        return self.root / 'glance' / 'images'
+
+    @property
     def guest_disk(self) -> pathlib.Path:
         """The bootable disk that tools/guest has built."""
         return self._state.guest / 'disk.img'
@@ -96,8 +101,13 @@ class Cloud:
         return known.pid
 
     @contextlib.contextmanager
-    def ours(self) -> collections.abc.Iterator[None]:
-        """Have the cloud, and leave it as it was."""
+    def ours(self, store_in_memory: bool,
+             ) -> collections.abc.Iterator[None]:
+        """Have the cloud, and leave it as it was.
+
+        :param store_in_memory: let Glance keep images in memory, as if its
+            disk were another host's
+        """
         before = self._choices()
         with contextlib.ExitStack() as stack:
             stack.callback(self._restore, before)
@@ -107,6 +117,9 @@ class Cloud:
             self.work.mkdir(mode=0o755)
             self.scratch.mkdir(mode=0o755)
             shutil.chown(self.scratch, 'nova', 'nova')
+            if store_in_memory:
+                commands.run('mount', '-t', 'tmpfs', '-o', 'mode=0750',
+                             'benchmark', self._store)
             yield
 
     def _choices(self) -> dict[str, typing.Any]:
@@ -143,6 +156,9 @@ class Cloud:
         for flavor in self.compute.flavors():
             if flavor.name.startswith(PREFIX):
                 self.compute.delete_flavor(flavor)
+        # A killed run leaves it; Glance may have a file of it open.
+        if os.path.ismount(self._store):
+            commands.run('umount', '--lazy', self._store)
         for directory in (self.work, self.scratch):
             shutil.rmtree(directory, ignore_errors=True)
 

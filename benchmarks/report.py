@@ -196,6 +196,9 @@ def about_table(taken: results.Results) -> table.Table:
             f'. A trial: figures that count take {_ENOUGH}')),
         ('page cache', 'dropped before each' if about['drop_caches']
          else 'kept'),
+        ('Glance keeps images', {
+            'memory': 'in memory, as if on another host',
+            'disk': 'on the disk that the guest has too'}[about['store']]),
     ]
     if taken.skipped:
         rows.append(('not measured', '; '.join(taken.skipped)))

@@ -52,6 +52,8 @@ class Parameters:
     #: seconds in which a guest is watched alone before each snapshot
     idle_s: float
     drop_caches: bool
+    #: of Glance: ``memory`` or ``disk``
+    store: str
     #: names of contestants; all if empty
     only: tuple[str, ...]
     parts: tuple[str, ...]
@@ -84,7 +86,7 @@ class Run:
             self._take_memory()
         if set(parts) == {'memory'}:
             return
-        with cloud.ours():
+        with cloud.ours(self._parameters.store == 'memory'):
             guests.upload_image(cloud)
             self._take_main(cloud)
             if 'growth' in parts:

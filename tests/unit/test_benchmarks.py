@@ -48,7 +48,7 @@ def run_of(*snapshots: results.Snapshot) -> results.Results:
                'commit': 'abc', 'processors': 2, 'processor': 'one',
                'memory_gib': 8, 'kernel': '6', 'qemu': '7', 'libvirt': '9',
                'versions': {}, 'rounds': 5, 'growth_rounds': 1,
-               'drop_caches': True},
+               'drop_caches': True, 'store': 'memory'},
         snapshots=list(snapshots))
 
 
