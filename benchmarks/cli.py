@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
                       help='how long the guest is watched alone before each')
     take.add_argument('--keep-caches', action='store_true',
                       help='do not drop the host\'s page cache before each')
-    take.add_argument('--store', choices=('memory', 'disk'),
-                      default='memory', help='where Glance keeps images '
-                      'meanwhile: on tmpfs, as if its disk were another '
-                      'host\'s, or on the disk that the guest has too')
+    take.add_argument('--store', choices=('disk', 'memory'), default='disk',
+                      help='where Glance keeps images meanwhile: on the disk '
+                      'that the guest has too, or on tmpfs, as if its disk '
+                      'were another host\'s')
     take.add_argument('--only', type=_words, default=(), metavar='NAME,...',
                       help='these contestants')
     take.add_argument('--parts', type=_words, default=(), metavar='PART,...',
