@@ -91,7 +91,7 @@ def _configure(state: cloud_state.State, args: argparse.Namespace) -> int:
         for section, options in compute_conf.overrides(state).items():
             for name, value in options.items():
                 print(f'{section}.{name}={value}')
-        lifecycle.restart_compute(state)
+        lifecycle.restart_compute(state, driver=args.driver)
     return 0
 
 
@@ -193,6 +193,7 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
     command.add_argument(
         '--reset', action='store_true', help='forget every earlier --set first'
     )
+    add_driver(command)
     command = add(
         'demo',
         _demo,
