@@ -137,6 +137,8 @@ def _stand_guard(path: str) -> None:
     """Return when the owner's end of the pipe closes."""
     sys.stdout.buffer.write(_READY)
     sys.stdout.buffer.flush()
+    # What the undos need takes longer than all else: nobody waits for it.
+    plugins.load_all()
     done: set[int] = set()
     while not select.select([sys.stdin], [], [], _POLL_S)[0]:
         try:
@@ -167,7 +169,6 @@ def main() -> int:
     # which may go on for minutes: the pipe tells when it is dead.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    plugins.load_all()
     _stand_guard(path)
     return 0 if _bring_back(path) else 1
 
@@ -201,4 +202,7 @@ def _bring_back(path: str) -> bool:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    result = main()
+    sys.stderr.flush()
+    # To take down what was imported takes time that our owner waits for.
+    os._exit(result)

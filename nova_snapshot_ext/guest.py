@@ -250,10 +250,18 @@ class Guest:
             size: int = self._domain.blockInfo(target)[0]
         return size
 
-    def io_times(self, target: str) -> IoTimes:
-        """How long its requests take; what others read does not count."""
-        with self._calling(f'Statistics of {target}'):
-            found = self._domain.blockStatsFlags(target, 0)
+    def io_times(self, target: str) -> IoTimes | None:
+        """How long its requests take, None while it does not run.
+
+        What others read does not count.
+        """
+        try:
+            with self._calling(f'Statistics of {target}'):
+                found = self._domain.blockStatsFlags(target, 0)
+        except LibvirtError as error:
+            if error.code == libvirt.VIR_ERR_OPERATION_INVALID:
+                return None
+            raise
         return IoTimes(
             sum(found.get(name, 0) for name in _COMPLETED),
             sum(found.get(name, 0) for name in _TOOK_NS) / 1e9)

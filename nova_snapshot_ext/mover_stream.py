@@ -50,6 +50,9 @@ _END_TIMEOUT_S = 5.0
 #: what is kept of its words
 _WORDS = 2000
 
+#: interpreters that can run a mover
+_able: set[str] = set()
+
 
 def command(python: str, *arguments: str) -> list[str]:
     """What starts a mover.
@@ -60,7 +63,12 @@ def command(python: str, *arguments: str) -> list[str]:
 
 
 def why_not(python: str) -> str | None:
-    """Why an interpreter can't run a mover, None if it can."""
+    """Why an interpreter can't run a mover, None if it can.
+
+    One that can is not asked again before a mover of it has failed.
+    """
+    if python in _able:
+        return None
     try:
         done = subprocess.run(
             command(python, '--help'), stdin=subprocess.DEVNULL,
@@ -69,6 +77,7 @@ def why_not(python: str) -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         return f'{python} can not be run: {error}'
     if not done.returncode:
+        _able.add(python)
         return None
     words = done.stderr.strip()
     if "No module named 'nbd'" in words:
@@ -241,6 +250,7 @@ class MoverStream(io.RawIOBase):
                            + chunk.decode(errors='replace'))[-_WORDS:]
 
     def _failed(self, why: str) -> exception.TransferFailed:
+        _able.clear()
         words = self._words.strip()
         return exception.TransferFailed(
             f'The mover failed: {why}' + (f' ({words})' if words else ''))

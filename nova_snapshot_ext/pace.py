@@ -62,14 +62,17 @@ def kept(guest: guests.Guest, target: str, share: float,
         the disk is to be left alone from now on; with 0 when there is no
         guest any more to be spared
     """
-    at, before = time.monotonic(), guests.IoTimes(0, 0.0)
+    at = 0.0
+    before: guests.IoTimes | None = None
     said = ''
 
     def look() -> bool:
         nonlocal at, before, said
         try:
             now, after = time.monotonic(), guest.io_times(target)
-            if before.requests:
+            if after is None:
+                obey(0.0)
+            elif before is not None:
                 obey(rest(before, after, now - at, share))
             at, before = now, after
             return True

@@ -142,7 +142,7 @@ class CallerTest(base.CloudTestCase):
         self.wait(made, 'the backup')
         self.addCleanup(self.cloud.image.delete_image, image.id)
         self.wait_status(server, 'ACTIVE')
-        self.assertEqual('live', image.properties['snapshot_ext_flow'])
+        self.assertEqual('backup', image.properties['snapshot_ext_flow'])
         self.assertEqual('daily', image.properties['backup_type'])
         self.assert_good(image, before, self.wait_writes(server))
 

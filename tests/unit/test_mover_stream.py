@@ -275,6 +275,17 @@ class TestInterpreter(base.TestCase):
         if why is not None:
             self.assertIn('install python3-libnbd', why)
 
+    def test_able_interpreter_is_asked_again_when_its_mover_failed(
+            self) -> None:
+        path = self.new_file('python', b'#!/bin/sh\nexit 0\n')
+        os.chmod(path, 0o755)
+        self.assertIsNone(mover_stream.why_not(path))
+        self.new_file('python', b'#!/bin/sh\nexit 1\n')
+        self.assertIsNone(mover_stream.why_not(path))
+        stream = mover_stream.MoverStream(['/bin/false'])
+        self.assertRaises(exception.TransferFailed, stream.prepare)
+        self.assertIn('can not run', mover_stream.why_not(path) or '')
+
     def test_interpreter_that_is_none(self) -> None:
         self.assertIn('/none can not be run',
                       mover_stream.why_not('/none') or '')

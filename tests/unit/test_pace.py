@@ -94,6 +94,12 @@ class TestKept(base.TestCase):
             self.assertTrue(self.enough.wait(10))
         self.assertEqual([0.0], self.told)
 
+    def test_guest_that_does_not_run_is_not_spared(self) -> None:
+        self.guest.io_times = lambda target: None  # type: ignore
+        with pace.kept(self.guest, 'vda', 0.8, self.obey):
+            self.assertTrue(self.enough.wait(10))
+        self.assertEqual({0.0}, set(self.told))
+
     def test_times_are_those_of_the_guests_own_requests(self) -> None:
         self.domain.blockStatsFlags = lambda target, flags: {
             'rd_operations': 1, 'wr_operations': 2, 'flush_operations': 4,
