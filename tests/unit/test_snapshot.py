@@ -193,6 +193,8 @@ class SnapshotTestCase(base.TestCase):
         journal.clear()
         stuck.clear()
         self.patch_name('nova_snapshot_ext.guard.Guard', FakeGuard)
+        self.patch_name('nova_snapshot_ext.attendant._IMAGE_S', 0)
+        self.patch_name('nova_snapshot_ext.attendant._REPORT_S', 0)
         self.path = self.new_file('disk', b'\0' * 4096)
         self.domain.disks = fakes.disk_xml(self.path)
         self.service = DemoService()
