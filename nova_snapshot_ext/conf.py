@@ -303,7 +303,10 @@ consistency ``crash``, or no image if it must be quiesced.
         'convert_timeout',
         default=6 * 3600,
         min=1,
-        help='Seconds that ``qemu-img convert`` may take.'),
+        help="""
+Seconds that ``qemu-img convert`` may take, and then the program that computes
+the hash of what it made.
+"""),
 ]
 
 
