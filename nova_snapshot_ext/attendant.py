@@ -35,6 +35,9 @@ LOG = logging.getLogger(__name__)
 Report = collections.abc.Callable[[int], None]
 
 _LOOK_S = 2.0
+#: how often the image service, and whoever is told, are bothered
+_IMAGE_S = 6.0
+_REPORT_S = 4.0
 _LINE_S = 60.0
 #: how long the end of a snapshot waits for the last report
 _END_TIMEOUT_S = 5.0
@@ -63,16 +66,22 @@ class Attendant:
         self._report = report
         self._failing: set[str] = set()
         self._lined = time.monotonic()
+        self._asked = self._reported = float('-inf')
 
     def look(self) -> None:
         """Say how far it is, and end it if nobody wants it."""
-        if self._cancellation.reason is None:
-            self._ask('image service', self._check_image)
-            self.report()
-        else:
+        now = time.monotonic()
+        if self._cancellation.reason is not None:
             self._cancellation.interrupt()
-        if time.monotonic() - self._lined >= _LINE_S:
-            self._lined = time.monotonic()
+        else:
+            if now - self._asked >= _IMAGE_S:
+                self._asked = now
+                self._ask('image service', self._check_image)
+            if now - self._reported >= _REPORT_S:
+                self._reported = now
+                self.report()
+        if now - self._lined >= _LINE_S:
+            self._lined = now
             line = self._meter.line()
             if line is not None:
                 LOG.info('Snapshot of %s: %s', self._name, line)
@@ -83,8 +92,15 @@ class Attendant:
 
     def end(self) -> None:
         """Take back what was shown."""
-        with contextlib.suppress(Exception):
+        try:
             self._report(0)
+        except exception.GuestGone:
+            pass        # and what it showed, too
+        except Exception as error:
+            LOG.warning('The progress of %s was not taken back: %s',
+                        self._name, error)
+            with contextlib.suppress(Exception):
+                self._report(0)
 
     def _ask(self, whom: str,
              question: collections.abc.Callable[[], None]) -> None:

@@ -112,7 +112,7 @@ class Job:
                 tuple(frozen.FrozenDisk(
                     target, capacity, self._socket, target)
                     for target, capacity in self._capacities.items()),
-                consistency, pause, why_lost=watch.why_lost)
+                consistency, pause, why_lost=watch.why_lost, by_guest=True)
 
 
 def _take_over(socket: str, log: undo.UndoLog) -> None:

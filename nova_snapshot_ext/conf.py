@@ -141,6 +141,20 @@ Related options:
 Seconds in which whatever serves a frozen disk must answer a read of the
 transfer ``streamed``. The snapshot fails otherwise.
 """),
+    cfg.IntOpt(
+        'send_timeout',
+        default=300,
+        min=1,
+        help="""
+Seconds in which Glance must take the next MiB of an image. The upload counts
+as broken otherwise.
+
+How long Glance may take to answer when it has all of them is not limited.
+
+Related options:
+
+* ``[glance] num_retries``: how often a broken upload is tried again
+"""),
     cfg.StrOpt(
         'image_service',
         default='glance',
@@ -289,7 +303,10 @@ consistency ``crash``, or no image if it must be quiesced.
         'convert_timeout',
         default=6 * 3600,
         min=1,
-        help='Seconds that ``qemu-img convert`` may take.'),
+        help="""
+Seconds that ``qemu-img convert`` may take, and then the program that computes
+the hash of what it made.
+"""),
 ]
 
 

@@ -12,19 +12,22 @@
 
 """Hashes of files, computed in a process of their own."""
 
-from oslo_concurrency import processutils
-
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import processes
 
 # coreutils' names of what hashlib and Glance call so.
 _PROGRAMS = {name: f'{name}sum' for name in
              ('md5', 'sha1', 'sha224', 'sha256', 'sha384', 'sha512')}
 
 
-def of_file(path: str, algorithm: str) -> str:
+def of_file(path: str, algorithm: str, timeout: int | None = None,
+            cancellation: cancellations.Cancellation | None = None) -> str:
     """The hash of a file, in hexadecimal.
 
     :param algorithm: as hashlib names it
+    :param timeout: seconds after which it is given up
+    :param cancellation: ends it, too
     :raises TransferFailed: if it can't be computed
     """
     program = _PROGRAMS.get(algorithm)
@@ -33,9 +36,10 @@ def of_file(path: str, algorithm: str) -> str:
             f'The image service hashes by {algorithm}; known are '
             f'{", ".join(_PROGRAMS)}')
     try:
-        output, _ = processutils.execute(program, '--binary', path)
-    except (processutils.ProcessExecutionError, OSError) as error:
+        output = processes.run(program, '--binary', path, timeout=timeout,
+                               cancellation=cancellation)
+    except exception.CommandFailed as error:
         raise exception.TransferFailed(
-            f'{program} {path} failed: {error}') from error
+            f'{path} was not hashed: {error}') from error
     # A name with a backslash or a line break makes it begin with one.
-    return str(output).lstrip('\\').split()[0]
+    return output.lstrip('\\').split()[0]

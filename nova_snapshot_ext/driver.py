@@ -66,9 +66,9 @@ _GUARDS_TIMEOUT_S = 60.0
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # What a server is doing while its snapshot is in flight.
 _IN_FLIGHT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP,
-              task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING)
-# How often a server's progress is written at most.
-_PROGRESS_S = 4.0
+              task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING,
+              task_states.SHELVING, task_states.SHELVING_IMAGE_PENDING_UPLOAD,
+              task_states.SHELVING_IMAGE_UPLOADING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
@@ -124,7 +124,6 @@ class ServerReport:
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid
-        self._written = float('-inf')
 
     def __call__(self, percent: int) -> None:
         """:raises GuestGone: if the server is being deleted, or was"""
@@ -135,19 +134,12 @@ class ServerReport:
             if instance.task_state in _DELETING:
                 raise exception.GuestGone(
                     f'Server {self._uuid} is being deleted')
-            self._show(instance, percent)
+            if instance.progress != percent:
+                instance.progress = percent
+                instance.save()
         except nova_exception.InstanceNotFound as error:
             raise exception.GuestGone(
                 f'Server {self._uuid} was deleted') from error
-
-    def _show(self, instance: objects.Instance, percent: int) -> None:
-        now = time.monotonic()
-        if instance.progress == percent or (
-                percent and now - self._written < _PROGRESS_S):
-            return
-        self._written = now
-        instance.progress = percent
-        instance.save()
 
 
 @contextlib.contextmanager
@@ -374,8 +366,11 @@ def _finish(path: str, host: NovaHost, deadline: float) -> None:
 
 
 def _forget_progress(instance: objects.Instance) -> None:
-    """Take back what a snapshot showed that nova-compute did not survive."""
-    if instance.progress and instance.task_state in _IN_FLIGHT:
+    """Take back what a snapshot showed that nova-compute did not survive, or
+    whose end could not be shown."""
+    idle = (instance.vm_state == vm_states.ACTIVE
+            and instance.task_state is None)
+    if instance.progress and (idle or instance.task_state in _IN_FLIGHT):
         instance.progress = 0
         try:
             instance.save()
@@ -446,6 +441,7 @@ def _image_service(context: nova_context.RequestContext,
             images.Destination(
                 glance=_glance(context), image_id=image_id,
                 retries=CONF.glance.num_retries,
+                send_timeout=CONF.snapshot_ext.send_timeout,
                 directory=CONF.snapshot_ext.image_directory,
                 directory_setting='[snapshot_ext] image_directory'))
     return service

@@ -100,3 +100,5 @@ class Frozen:
     pause: Pause
     #: asked after a transfer failed: why the disks were not frozen any more
     why_lost: collections.abc.Callable[[], str | None] = lambda: None
+    #: whether the guest's own QEMU serves the disks, for as long as it runs
+    by_guest: bool = False

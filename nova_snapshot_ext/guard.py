@@ -35,6 +35,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import plugins
+from nova_snapshot_ext import processes
 from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
@@ -100,9 +101,7 @@ class Guard(contextlib.AbstractContextManager['Guard']):
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        try:
-            self._process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not processes.ends_within(self._process, _END_TIMEOUT_S):
             LOG.error('The guard %d goes on with what could not be undone',
                       self._process.pid)
 

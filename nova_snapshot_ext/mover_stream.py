@@ -30,6 +30,7 @@ import threading
 import typing
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import processes
 
 #: run as PYTHON -I -c BOOTSTRAP DIRECTORY ARGUMENT...: our modules by a bare
 #: package, so that nothing else of our site-packages gets into an interpreter
@@ -47,6 +48,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 #: the largest that an ordinary user may have (proc(5), pipe-max-size)
 _PIPE = 1024 ** 2
 _END_TIMEOUT_S = 5.0
+_TRY_TIMEOUT_S = 60.0
 #: what is kept of its words
 _WORDS = 2000
 
@@ -73,8 +75,11 @@ def why_not(python: str) -> str | None:
         done = subprocess.run(
             command(python, '--help'), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            errors='replace', timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
+            errors='replace', timeout=_TRY_TIMEOUT_S)
+    except Exception as error:
+        if not (isinstance(error, OSError)
+                or processes.took_too_long(error)):
+            raise
         return f'{python} can not be run: {error}'
     if not done.returncode:
         _able.add(python)
@@ -211,10 +216,9 @@ class MoverStream(io.RawIOBase):
         said = self._next_words()
         self._drain()
         assert self._process is not None
-        try:
-            code = self._process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise self._failed('it does not end') from error
+        if not processes.ends_within(self._process, _END_TIMEOUT_S):
+            raise self._failed('it does not end')
+        code = self._process.returncode
         if code or self.position != self.length or (
                 said.get('written') != self.length):
             raise self._failed(
@@ -267,8 +271,6 @@ class MoverStream(io.RawIOBase):
         if self._process is None:
             return
         # It ends by itself: its control pipe is closed.
-        try:
-            self._process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not processes.ends_within(self._process, _END_TIMEOUT_S):
             self._process.kill()
             self._process.wait()

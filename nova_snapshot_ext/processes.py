@@ -10,18 +10,86 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Processes that a snapshot started, ended by whoever undoes it."""
+"""Processes that a snapshot starts, and how they end."""
 
 import contextlib
 import os
 import signal
+import subprocess
 import time
+import typing
 
+from oslo_concurrency import processutils
+
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 
 # When a process that ignores SIGTERM is killed, and when that is given up.
 _KILL_AFTER_S = 5.0
 _END_TIMEOUT_S = 30.0
+
+
+def run(*command: str, limits: processutils.ProcessLimits | None = None,
+        timeout: int | None = None,
+        cancellation: cancellations.Cancellation | None = None) -> str:
+    """Run a program to its end.
+
+    :param timeout: seconds after which it is killed
+    :param cancellation: ends it, too
+    :returns: what it printed
+    :raises CommandFailed: if it could not be run, failed or was killed
+    """
+    started: list['subprocess.Popen[bytes]'] = []
+    ending = contextlib.ExitStack()
+    name = ' '.join(command[:2])
+
+    def may_be_ended(process: 'subprocess.Popen[bytes]') -> None:
+        started.append(process)
+        if cancellation is not None:
+            ending.enter_context(cancellation.ending(process.terminate))
+
+    try:
+        output, _ = processutils.execute(
+            *command, prlimit=limits, timeout=timeout,
+            on_execute=may_be_ended)
+    except processutils.ProcessExecutionError as error:
+        raise exception.CommandFailed(
+            f'{name} failed: '
+            f'{(error.stderr or "").strip() or error}') from error
+    except OSError as error:
+        raise exception.CommandFailed(
+            f'{command[0]} can not be run: {error}') from error
+    except Exception as error:
+        if not took_too_long(error):
+            raise
+        raise exception.CommandFailed(
+            f'{name} took longer than {timeout} seconds') from error
+    finally:
+        ending.close()
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return str(output)
+
+
+def took_too_long(error: Exception) -> bool:
+    """Whether it is subprocess.TimeoutExpired: under eventlet that is a class
+    of eventlet's own.
+    """
+    return type(error).__name__ == subprocess.TimeoutExpired.__name__
+
+
+def ends_within(process: 'subprocess.Popen[typing.Any]',
+                seconds: float) -> bool:
+    """Wait for a process; whether it has ended."""
+    try:
+        process.wait(seconds)
+    except Exception as error:
+        if not took_too_long(error):
+            raise
+        return False
+    return True
 
 
 def end(argument: str, what: str) -> None:

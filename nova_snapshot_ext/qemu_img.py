@@ -12,13 +12,10 @@
 
 """qemu-img, run with limits, its errors as ours."""
 
-import contextlib
-import subprocess
-
 from oslo_concurrency import processutils
 
 from nova_snapshot_ext import cancellation as cancellations
-from nova_snapshot_ext import exception
+from nova_snapshot_ext import processes
 
 #: for reading a header: what a crafted one may cost before it is ended
 INSPECT_LIMITS = processutils.ProcessLimits(
@@ -39,36 +36,5 @@ def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
     :returns: what it printed
     :raises CommandFailed: if it could not be run, failed or was killed
     """
-    started: list['subprocess.Popen[bytes]'] = []
-    ending = contextlib.ExitStack()
-
-    def may_be_ended(process: 'subprocess.Popen[bytes]') -> None:
-        started.append(process)
-        if cancellation is not None:
-            ending.enter_context(cancellation.ending(process.terminate))
-
-    try:
-        output, _ = processutils.execute(
-            'qemu-img', *arguments, prlimit=limits, timeout=timeout,
-            on_execute=may_be_ended)
-    except processutils.ProcessExecutionError as error:
-        raise exception.CommandFailed(
-            f'qemu-img {arguments[0]} failed: '
-            f'{(error.stderr or "").strip() or error}') from error
-    except OSError as error:
-        raise exception.CommandFailed(
-            f'qemu-img can not be run: {error}') from error
-    except Exception as error:
-        # Under eventlet it is a class of eventlet's own.
-        if type(error).__name__ != 'TimeoutExpired':
-            raise
-        raise exception.CommandFailed(
-            f'qemu-img {arguments[0]} took longer than '
-            f'{timeout} seconds') from error
-    finally:
-        ending.close()
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return str(output)
+    return processes.run('qemu-img', *arguments, limits=limits,
+                         timeout=timeout, cancellation=cancellation)

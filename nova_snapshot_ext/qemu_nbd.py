@@ -75,8 +75,7 @@ def serving(
                 f'{messages.read().strip()}') from error
         finally:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
+            processes.ends_within(process, _END_TIMEOUT_S)
             entry.run()
 
 

@@ -59,11 +59,18 @@ class Plan:
     """A snapshot that can be taken: nothing was touched to find out."""
 
     disk: disks_.Disk
+    #: of the disk, in bytes
+    capacity: int
     candidates: list[selection.Candidate]
     #: that can serve, best first
     transfers: list[ChosenTransfer]
     #: what the image can take at most
     image_bytes: int
+
+    def staging_bytes(self, candidate: selection.Candidate) -> int:
+        """What a candidate may put into the staging directory."""
+        return (self.transfers[0].transfer.staging_bytes(self.image_bytes)
+                + candidate.flow.staging_bytes(self.disk, self.capacity))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +121,21 @@ def plan(guest: guests.Guest, wished: selection.Wish,
     candidates = selection.candidates(wished, guest, (disk,), request)
     chosen = _choose_transfers(transfer_names, request)
     capacity = guest.capacity(disk.target)
-    image_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
-    staged = chosen[0].transfer.staging_bytes(image_bytes)
-    fitting = _with_room(candidates, {
-        candidate.name: staged + candidate.flow.staging_bytes(disk, capacity)
-        for candidate in candidates}, request)
-    return Plan(disk, fitting, chosen, image_bytes)
+    most_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
+    planned = Plan(disk, capacity, candidates, chosen, most_bytes)
+    return dataclasses.replace(
+        planned, candidates=_with_room(candidates, planned, request))
 
 
 def _with_room(
-        candidates: list[selection.Candidate], needed: dict[str, int],
+        candidates: list[selection.Candidate], planned: Plan,
         request: requests.Request) -> list[selection.Candidate]:
     """The candidates that the staging directory has room for.
 
-    :param needed: bytes by a candidate's name
     :raises NotEnoughRoom: if there is none
     """
+    needed = {candidate.name: planned.staging_bytes(candidate)
+              for candidate in candidates}
     free = workspace.free_bytes(request.staging_directory)
     fitting = [candidate for candidate in candidates
                if needed[candidate.name] <= free]
@@ -303,7 +309,7 @@ class _Taking:
         for number, candidate in enumerate(candidates, 1):
             if failure is not None:
                 # What was planned may not hold any more.
-                why = candidate.flow.obstacle(self.guest, disks, self.request)
+                why = self._why_not_now(candidate)
                 if why is not None:
                     LOG.warning('%s can not serve %s either: %s',
                                 candidate.name, self.guest.name, why)
@@ -325,6 +331,16 @@ class _Taking:
                 return frozen
         assert failure is not None
         raise failure
+
+    def _why_not_now(self, candidate: selection.Candidate) -> str | None:
+        why = candidate.flow.obstacle(
+            self.guest, (self.planned.disk,), self.request)
+        if why is None:
+            try:
+                _with_room([candidate], self.planned, self.request)
+            except exception.NotEnoughRoom as error:
+                why = str(error)
+        return why
 
     @contextlib.contextmanager
     def _named_loss(
@@ -356,7 +372,7 @@ class _Taking:
         lost = frozen.why_lost()
         if lost is not None:
             return exception.DiskThawed(lost)
-        if off and ran:
+        if off and ran and frozen.by_guest:
             return exception.TransferFailed(
                 f'{self.guest.name} was shut off while its disk was read')
         return None

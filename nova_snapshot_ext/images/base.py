@@ -46,6 +46,8 @@ class Destination:
     image_id: str | None = None
     #: how often an upload is tried again when the connection breaks
     retries: int = 0
+    #: seconds in which it must take the next bytes of an upload
+    send_timeout: int = 300
     #: a directory, and how whoever set it knows it
     directory: str | None = None
     directory_setting: str = ''

@@ -36,9 +36,15 @@ LOG = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _SAVING_TIMEOUT_S = 60.0
+#: the same, where somebody waits for a snapshot to be over
+_CUT_OFF_TIMEOUT_S = 10.0
+#: for a question whose answer decides nothing but what is left behind
+_SHORTLY: dict[str, typing.Any] = {'timeout': 10}
 #: for asking whether an image is there: another question follows soon
 _CHECK: dict[str, typing.Any] = {
     'timeout': 10,
+    # Another thread's upload has the same token, and renews it in its turn.
+    'allow_reauth': False,
     'connect_retries': 0,
     'status_code_retries': 0,
 }
@@ -76,6 +82,7 @@ class GlanceService(base.ImageService):
         self._glance = destination.glance
         self._image_id = destination.image_id
         self._attempts = 1 + destination.retries
+        self._send_timeout = destination.send_timeout
         #: the image whose deletion by others is news
         self._wanted = destination.image_id
 
@@ -85,8 +92,7 @@ class GlanceService(base.ImageService):
             return
         try:
             with _translated(f'image {image_id}'):
-                status = self._request(
-                    'GET', f'/images/{image_id}', **_CHECK).json()['status']
+                status = self._get(image_id, **_CHECK)['status']
         except exception.ImageGone:
             status = 'deleted'
         if status in _DELETED and self._wanted == image_id:
@@ -97,29 +103,36 @@ class GlanceService(base.ImageService):
             verify_hash: bool, progress: requests.Progress,
             log: undo.UndoLog) -> base.Published:
         if self._image_id is not None:
-            self._fill(self._image_id, image, description, verify_hash,
-                       progress)
-            return base.Published(self._image_id, image.length)
+            return base.Published(self._image_id, self._fill(
+                self._image_id, image, description, verify_hash, progress))
         image_id = self._wanted = self._create(description)
         try:
-            self._fill(image_id, image, description, verify_hash, progress)
+            length = self._fill(
+                image_id, image, description, verify_hash, progress)
         except BaseException:
             self._delete(image_id)
             raise
-        return base.Published(image_id, image.length)
+        return base.Published(image_id, length)
 
     def _fill(self, image_id: str, image: image_bytes.ImageBytes,
               description: base.Description, verify_hash: bool,
-              progress: requests.Progress) -> None:
+              progress: requests.Progress) -> int:
+        """:returns: the length that was sent"""
         self._describe(image_id, description)
-        self._upload(image_id, image, verify_hash, progress)
+        announced: list[int] = []
         try:
-            self._verify(image_id, image, verify_hash)
+            self._upload(image_id, image, verify_hash, progress, announced)
+            self._verify(image_id, image, announced[-1], verify_hash)
         except exception.ImageDiffers:
             # It may be active by now, and whoever trusts it would delete
             # the disk: no image is better than another one.
             self._delete(image_id)
             raise
+        except BaseException:
+            if announced:
+                self._delete_cut_off(image_id, announced)
+            raise
+        return announced[-1]
 
     def _create(self, description: base.Description) -> str:
         with _translated('a new image'):
@@ -160,51 +173,96 @@ class GlanceService(base.ImageService):
                         'application/openstack-images-v2.1-json-patch'})
 
     def _upload(self, image_id: str, image: image_bytes.ImageBytes,
-                verify_hash: bool, progress: requests.Progress) -> None:
+                verify_hash: bool, progress: requests.Progress,
+                announced: list[int]) -> None:
+        """:param announced: gets the length of each body that was begun"""
         algorithm = _USUAL_HASH if verify_hash else None
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
-                # Each attempt opens the image anew: what a broken one has
-                # read is gone, and the rest alone would be another image.
                 progress(0, image.length)
-                with attempt, image.open(algorithm) as file:
-                    status = self._settled_status(image_id)
-                    if status == 'active' and not attempt.first:
+                with attempt:
+                    # Before it is opened: that may give another length.
+                    status = self._settled(image_id)['status']
+                    if status == 'active' and announced:
                         return      # only the answer was lost
-                    self._request(
-                        'PUT', f'/images/{image_id}/file',
-                        data=base.CountedReader(
-                            file, image.length, progress),
-                        headers={
-                            'Content-Type': 'application/octet-stream',
-                            'X-OpenStack-Image-Size': str(image.length)},
-                        **_SENT_ONCE)
+                    # Each attempt opens the image anew: what a broken one
+                    # has read is gone, and the rest alone would be another
+                    # image.
+                    with image.open(algorithm) as file:
+                        self._put(image_id, file, image.length, progress,
+                                  announced)
 
-    def _settled_status(self, image_id: str) -> str:
-        """The image's status, when no upload that broke is under way.
+    def _put(self, image_id: str, file: typing.BinaryIO, length: int,
+             progress: requests.Progress, announced: list[int]) -> None:
+        announced.append(length)
+        try:
+            self._request(
+                'PUT', f'/images/{image_id}/file',
+                data=base.CountedReader(file, length, progress),
+                headers={
+                    'Content-Type': 'application/octet-stream',
+                    'X-OpenStack-Image-Size': str(length)},
+                # urllib3 has the first one on the socket while it connects
+                # and sends. The answer takes as long as Glance's store.
+                timeout=(self._send_timeout, None),
+                **_SENT_ONCE)
+        except sdk_exceptions.ConflictException:
+            # It waits for no bytes: those that it has are not of this body.
+            announced.pop()
+            raise
+
+    def _settled(self, image_id: str, patience: float = _SAVING_TIMEOUT_S,
+                 **arguments: typing.Any) -> dict[str, typing.Any]:
+        """The image, when no upload that broke is under way.
 
         Glance takes no new bytes while it has not noticed that the old ones
         ended. Asking also renews a token that ran out during the last
         attempt: the upload itself must not.
         """
-        deadline = time.monotonic() + _SAVING_TIMEOUT_S
-        while (status := self._get(image_id)['status']) == 'saving':
+        deadline = time.monotonic() + patience
+        while (found := self._get(image_id, **arguments))[
+                'status'] == 'saving':
             if time.monotonic() > deadline:
                 break
             time.sleep(_RETRY_S)
-        return str(status)
+        return found
+
+    def _delete_cut_off(self, image_id: str, announced: list[int]) -> None:
+        """Delete an image that is a part of what should have been sent.
+
+        Before release 31 Glance is not told the size and may take the bytes
+        that came for the image; Nova deletes no active image.
+        """
+        try:
+            with _translated(f'image {image_id}'):
+                stored = self._settled(
+                    image_id, _CUT_OFF_TIMEOUT_S, **_SHORTLY)
+        except exception.ImageGone:
+            return
+        except exception.ImageServiceError as error:
+            LOG.warning('Whether image %s is active with a part of its bytes '
+                        'is not known: %s', image_id, error)
+            return
+        if stored['status'] == 'active' and stored['size'] not in announced:
+            LOG.warning(
+                'Image %s is active with %s bytes of %d; it is deleted',
+                image_id, stored['size'], announced[-1])
+            self._delete(image_id)
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
-                verify_hash: bool) -> None:
-        """:raises ImageDiffers: if Glance has other bytes than were sent"""
+                length: int, verify_hash: bool) -> None:
+        """:param length: that was sent
+
+        :raises ImageDiffers: if Glance has other bytes than were sent
+        """
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
                 with attempt:
                     stored = self._get(image_id)
-        if stored['status'] != 'active' or stored['size'] != image.length:
+        if stored['status'] != 'active' or stored['size'] != length:
             raise exception.ImageDiffers(
                 f'Image {image_id} is {stored["status"]} with '
-                f'{stored["size"]} bytes; {image.length} were sent')
+                f'{stored["size"]} bytes; {length} were sent')
         if not verify_hash:
             return
         algorithm = stored.get('os_hash_algo')
@@ -217,9 +275,10 @@ class GlanceService(base.ImageService):
                 f'Image {image_id} has the {algorithm} '
                 f'{stored.get("os_hash_value")}, and {expected} was sent')
 
-    def _get(self, image_id: str) -> dict[str, typing.Any]:
+    def _get(self, image_id: str,
+             **arguments: typing.Any) -> dict[str, typing.Any]:
         found: dict[str, typing.Any] = self._request(
-            'GET', f'/images/{image_id}').json()
+            'GET', f'/images/{image_id}', **arguments).json()
         return found
 
     def _delete(self, image_id: str) -> None:
@@ -249,8 +308,7 @@ class GlanceService(base.ImageService):
 
     def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
         for number in range(1, self._attempts + 1):
-            attempt = _Attempt(
-                first=number == 1, last=number == self._attempts)
+            attempt = _Attempt(last=number == self._attempts)
             yield attempt
             if attempt.error is None:
                 return
@@ -262,8 +320,7 @@ class GlanceService(base.ImageService):
 class _Attempt(contextlib.AbstractContextManager['_Attempt']):
     """One try: keeps the error of a broken connection, lets all others by."""
 
-    def __init__(self, first: bool, last: bool) -> None:
-        self.first = first
+    def __init__(self, last: bool) -> None:
         self._last = last
         self.error: BaseException | None = None
 

@@ -39,15 +39,18 @@ class StagedFile(image_bytes.ImageBytes):
 
     independent = True
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, request: requests.Request) -> None:
         self._path = path
+        self._request = request
         self.length = os.stat(path).st_size
 
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         return open(self._path, 'rb')
 
     def digest(self, algorithm: str) -> str:
-        return digest.of_file(self._path, algorithm)
+        return digest.of_file(
+            self._path, algorithm, timeout=self._request.convert_timeout,
+            cancellation=self._request.cancellation)
 
 
 class StagedTransfer(base.Transfer):
@@ -75,7 +78,7 @@ class StagedTransfer(base.Transfer):
             path = os.path.join(directory, disk.target)
             with _telling_size(path, disk.capacity, request.progress):
                 _convert(disk, path, request)
-            yield StagedFile(path)
+            yield StagedFile(path, request)
 
 
 def _convert(disk: frozen.FrozenDisk, path: str,

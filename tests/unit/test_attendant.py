@@ -28,6 +28,8 @@ class AttendantTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
+        self.patch_name('nova_snapshot_ext.attendant._IMAGE_S', 0)
+        self.patch_name('nova_snapshot_ext.attendant._REPORT_S', 0)
         self.meter = progress.Meter(lambda done, total: None)
         self.cancellation = cancellation.Cancellation()
         self.image_error: Exception | None = None
@@ -98,6 +100,20 @@ class TestLook(AttendantTestCase):
         self.assertEqual(['interrupt'] * 2, self.journal)
         self.assertEqual([], self.reports)
 
+    def test_others_are_bothered_less_often_than_it_looks(self) -> None:
+        now = 1000.0
+        self.patch_name('nova_snapshot_ext.attendant.time.monotonic',
+                        lambda: now)
+        self.patch_name('nova_snapshot_ext.attendant._IMAGE_S', 6.0)
+        self.patch_name('nova_snapshot_ext.attendant._REPORT_S', 4.0)
+        asked = []
+        for _ in range(7):
+            self.attendant.look()
+            asked.append((self.asked, len(self.reports)))
+            now += 2.0
+        self.assertEqual(
+            [(1, 1), (1, 1), (1, 2), (2, 2), (2, 3), (2, 3), (3, 4)], asked)
+
     def test_line_is_logged_once_a_minute(self) -> None:
         now = 1000.0
         self.patch_name('nova_snapshot_ext.attendant.time.monotonic',
@@ -139,6 +155,20 @@ class TestAttending(AttendantTestCase):
             with attendant.attending(self.attendant):
                 raise exception.TransferFailed('broken')
         self.assertEqual(0, self.reports[-1])
+
+    def test_end_that_can_not_be_reported_is_said_and_tried_again(
+            self) -> None:
+        self.report_error = OSError('no conductor')
+        self.attendant.end()
+        self.assertEqual([0, 0], self.reports)
+        self.assertIn('The progress of guest was not taken back: no '
+                      'conductor', self.output.output)
+
+    def test_guest_that_is_gone_shows_nothing(self) -> None:
+        self.report_error = exception.GuestGone('deleted')
+        self.attendant.end()
+        self.assertEqual([0], self.reports)
+        self.assertNotIn('not taken back', self.output.output)
 
     def test_report_that_hangs_does_not_hold_up_the_end(self) -> None:
         self.patch_name('nova_snapshot_ext.attendant._END_TIMEOUT_S', 0.01)

@@ -102,6 +102,9 @@ class TestJob(base.TestCase):
         self.assertEqual(socket, chowns[-1][0])
         self.assertEqual([], os.listdir(self.sockets))
 
+    def test_disks_are_served_by_the_guest(self) -> None:
+        self.assertTrue(self.run_job().by_guest)
+
     def test_directory_is_closed_before_the_socket_is_taken_over(
             self) -> None:
         modes = []

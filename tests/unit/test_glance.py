@@ -38,7 +38,9 @@ class FakeGlance(http.server.ThreadingHTTPServer):
     """As much of the Image API v2 as an upload needs.
 
     :ivar plan: by method and what follows the image's id: what to do to the
-        next requests: a status, or ``cut`` to break the connection
+        next requests: a status, ``cut`` to break the connection, ``lost
+        answer`` to break it when all is done, ``older`` to take what came
+        for the image, ``stall`` to read nothing
     """
 
     daemon_threads = True
@@ -53,6 +55,7 @@ class FakeGlance(http.server.ThreadingHTTPServer):
         self.bodies: list[bytes] = []
         self.short_by = 0
         self.wrong_hash = False
+        self.stalled = threading.Event()
 
     def add(self, **properties: typing.Any) -> None:
         self.images[IMAGE] = {
@@ -97,6 +100,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.rfile.read(min(length, 1000))
             self.close_connection = True
             return
+        if what == 'stall':
+            self.server.stalled.wait(60)
+            self.close_connection = True
+            return
+        if what == 'older':
+            self.server.images[IMAGE].update(status='saving')
         try:
             body = self.rfile.read(length)
         except TimeoutError:
@@ -108,6 +117,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(body) < length:
             # As Glance does: what was cut off is no image.
             self.close_connection = True
+            if what == 'older':
+                self.upload(body)
         elif what == 'lost answer':
             self.upload(body)
             self.close_connection = True
@@ -192,6 +203,7 @@ class GlanceTestCase(base.TestCase):
         self.addCleanup(thread.join)
         self.addCleanup(self.server.server_close)
         self.addCleanup(self.server.shutdown)
+        self.addCleanup(self.server.stalled.set)
         self.server.add()
         self.image = Bytes()
         self.log = self.new_log()
@@ -213,10 +225,11 @@ class GlanceTestCase(base.TestCase):
     def publish(self, image_id: str | None = IMAGE, retries: int = 2,
                 verify_hash: bool = False,
                 progress: requests.Progress = requests.no_progress,
+                send_timeout: int = 300,
                 **changes: typing.Any) -> images.Published:
         return glance.GlanceService(images.Destination(
-            glance=self.proxy(), image_id=image_id,
-            retries=retries)).publish(
+            glance=self.proxy(), image_id=image_id, retries=retries,
+            send_timeout=send_timeout)).publish(
                 self.image, self.description(**changes), verify_hash,
                 progress, self.log)
 
@@ -322,6 +335,83 @@ class TestUpload(GlanceTestCase):
         self.publish(verify_hash=True)
         self.assertEqual(1, self.uploads())
 
+    def test_length_that_was_sent_counts_when_the_answer_was_lost(
+            self) -> None:
+        # Another look at the same disk may find other holes.
+        real = self.image.open
+
+        def other_length(algorithm: str | None = None) -> typing.BinaryIO:
+            file = real(algorithm)
+            self.image.length = len(CONTENT) + self.image.opened - 1
+            return file
+        self.image.open = other_length  # type: ignore[method-assign]
+        self.server.plan['PUT /file'] = ['lost answer']
+        published = self.publish()
+        self.assertEqual(1, self.image.opened)
+        self.assertEqual(len(CONTENT), published.length)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_part_of_the_bytes_is_no_image(self) -> None:
+        for image_id in (IMAGE, None):
+            self.server.add()
+            self.server.plan['PUT /file'] = ['older']
+
+            def progress(done: int, total: int) -> None:
+                if done >= 2 * 1024 ** 2:
+                    raise exception.GuestGone('deleted')
+            self.assertRaises(exception.GuestGone, self.publish,
+                              image_id, progress=progress)
+            self.assertEqual({}, self.server.images)
+        self.assertIn('is active with', self.output.output)
+
+    def test_whole_image_stays_whatever_comes_after_it(self) -> None:
+        self.server.plan['PUT /file'] = ['lost answer']
+
+        def progress(done: int, total: int) -> None:
+            if self.uploads() and not done:
+                raise exception.GuestGone('deleted')
+        self.assertRaises(exception.GuestGone, self.publish,
+                          progress=progress)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_nothing_is_deleted_without_an_answer(self) -> None:
+        for answer in (500, 403, 'cut'):
+            self.server.add()
+            self.server.plan['PUT /file'] = [413]
+            self.server.plan['GET'] = [None, None, *[answer] * 9]
+            self.assertRaises(exception.ImageRefused, self.publish)
+            self.server.plan.clear()
+            self.assertNotIn('DELETE', self.server.seen)
+        self.assertIn('is not known', self.output.output)
+
+    def test_other_image_of_others_is_left_alone(self) -> None:
+        self.server.add(status='active', size=1)
+        self.server.plan['PUT /file'] = [409]
+        self.assertRaises(exception.ImageRefused, self.publish)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_server_that_takes_no_bytes_is_given_up(self) -> None:
+        # More than what two sockets keep.
+        content = bytes(64 * 1024 ** 2)
+        self.image.length = len(content)
+        self.image.open = (  # type: ignore[method-assign]
+            lambda algorithm=None: io.BytesIO(content))
+        self.server.plan['PUT /file'] = ['stall']
+        self.assertRaisesRegex(
+            exception.ImageServiceUnreachable, 'timed out', self.publish,
+            retries=0, send_timeout=1)
+        self.assertFalse(self.server.stalled.is_set())
+
+    def test_answer_may_take_longer_than_the_bytes(self) -> None:
+        real = Handler.upload
+
+        def upload(handler: Handler, body: bytes) -> None:
+            threading.Event().wait(1.5)
+            real(handler, body)
+        self.patch_name('tests.unit.test_glance.Handler.upload', upload)
+        self.publish(retries=0, send_timeout=1)
+        self.assertEqual(1, self.uploads())
+
     def test_bytes_of_others_are_not_taken_for_ours(self) -> None:
         self.server.add(status='active', size=len(CONTENT))
         self.server.plan['PUT /file'] = [409]
@@ -410,7 +500,9 @@ class TestCheck(GlanceTestCase):
             with contextlib.suppress(exception.ImageRefused,
                                      exception.ImageServiceUnreachable):
                 self.service.check()
-            self.assertLessEqual(len(self.server.seen), 2, 'it insists')
+            self.assertLessEqual(
+                len(self.server.seen), 2 if status == 'cut' else 1,
+                'it insists')
 
     def test_image_that_is_not_made_yet_is_not_asked_for(self) -> None:
         glance.GlanceService(images.Destination(glance=self.proxy())).check()

@@ -56,6 +56,7 @@ class DemoFlow(flows.Flow):
         self.error = error
         self.why: str | None = None
         self.bytes = 0
+        self.by_guest = True
 
     def obstacle(self, guest: object, disks: object,
                  request: object) -> str | None:
@@ -81,7 +82,7 @@ class DemoFlow(flows.Flow):
                 tuple(frozen.FrozenDisk(disk.target, 4096, '/s', 'e')
                       for disk in disks),
                 frozen.Consistency.FILESYSTEM, pause,
-                why_lost=lambda: self.lost)
+                why_lost=lambda: self.lost, by_guest=self.by_guest)
         journal.append(f'released {self.name}')
 
 
@@ -193,6 +194,8 @@ class SnapshotTestCase(base.TestCase):
         journal.clear()
         stuck.clear()
         self.patch_name('nova_snapshot_ext.guard.Guard', FakeGuard)
+        self.patch_name('nova_snapshot_ext.attendant._IMAGE_S', 0)
+        self.patch_name('nova_snapshot_ext.attendant._REPORT_S', 0)
         self.path = self.new_file('disk', b'\0' * 4096)
         self.domain.disks = fakes.disk_xml(self.path)
         self.service = DemoService()
@@ -205,7 +208,7 @@ class TestTake(SnapshotTestCase):
     def take(self, *candidates: DemoFlow, on_scratch_full: str = 'fail',
              **changes: typing.Any) -> snapshot.Result:
         planned = snapshot.Plan(
-            self.guest.root_disk(),
+            self.guest.root_disk(), 4096,
             [selection.Candidate(flow.name, flow)
              for flow in candidates or (DemoFlow(),)],
             [snapshot.ChosenTransfer('demo-transfer', self.transfer)], 12345)
@@ -299,6 +302,23 @@ class TestTake(SnapshotTestCase):
             DemoFlow('one', exception.FreezeFailed('no socket')), second)
         self.assertIn('two can not serve instance-00000001 either: the '
                       'guest is shut off', self.output.output)
+
+    def test_next_flow_must_have_room(self) -> None:
+        second = DemoFlow('two')
+        second.bytes = 500
+        self.transfer.needs = 600
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 1099)
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'no socket', self.take,
+            DemoFlow('one', exception.FreezeFailed('no socket')), second)
+        self.assertNotIn('freeze two', journal)
+        self.assertIn('this snapshot may need 1100', self.output.output)
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 1100)
+        self.assertEqual('two', self.take(
+            DemoFlow('one', exception.FreezeFailed('no socket')),
+            second).flow)
 
     def test_denied_file_lets_the_next_flow_serve(self) -> None:
         self.assertEqual('two', self.take(
@@ -474,6 +494,16 @@ class TestTake(SnapshotTestCase):
         self.fail_after(self.domain.off)
         error = self.assertRaises(exception.TransferFailed, self.take)
         self.assertIn('was shut off', str(error))
+
+    def test_guest_that_does_not_serve_its_disk_may_shut_off(self) -> None:
+        def send() -> None:
+            self.domain.off()
+            raise exception.ImageRefused('413')
+        self.service.sending = send
+        flow = DemoFlow()
+        flow.by_guest = False
+        self.assertRaisesRegex(exception.ImageRefused, '413', self.take,
+                               flow)
 
     def test_guest_that_was_off_before_is_no_reason(self) -> None:
         self.domain.off()

@@ -12,6 +12,10 @@
 
 import json
 import os
+import threading
+import time
+
+import fixtures
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
@@ -99,6 +103,37 @@ class TestStaged(base.TestCase):
             self.assertEqual(
                 '6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a'
                 '43e3d', image.digest('sha256'))
+
+    def hash_slowly(self) -> None:
+        path = self.new_file(
+            'sha256sum', b'#!/bin/sh\nexec sleep 50\n')
+        os.chmod(path, 0o755)
+        self.useFixture(fixtures.EnvironmentVariable(
+            'PATH', f'{self.directory}:{os.environ["PATH"]}'))
+
+    def test_hashing_ends_with_the_snapshot(self) -> None:
+        self.hash_slowly()
+        request = self.request()
+        with self.transfer.image(self.disk, request, self.log) as image:
+            timer = threading.Timer(
+                1.0, request.cancellation.cancel,
+                [exception.ImageGone('deleted')])
+            timer.start()
+            self.addCleanup(timer.join)
+            began = time.monotonic()
+            self.assertRaisesRegex(
+                exception.TransferFailed, 'was not hashed', image.digest,
+                'sha256')
+            self.assertLess(time.monotonic() - began, 30)
+
+    def test_hashing_has_a_limit(self) -> None:
+        self.hash_slowly()
+        with self.transfer.image(
+                self.disk, self.request(convert_timeout=1),
+                self.log) as image:
+            self.assertRaisesRegex(
+                exception.TransferFailed, 'took longer than 1 seconds',
+                image.digest, 'sha256')
 
     def test_unknown_hash_is_an_error(self) -> None:
         with self.transfer.image(
