@@ -19,11 +19,11 @@ again later, and only a clear answer ends anything.
 
 import collections.abc
 import contextlib
-import threading
 import time
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import progress
@@ -39,8 +39,6 @@ _LOOK_S = 2.0
 _IMAGE_S = 6.0
 _REPORT_S = 4.0
 _LINE_S = 60.0
-#: how long the end of a snapshot waits for the last report
-_END_TIMEOUT_S = 5.0
 
 
 def no_report(percent: int) -> None:
@@ -121,17 +119,9 @@ class Attendant:
 @contextlib.contextmanager
 def attending(attendant: Attendant) -> collections.abc.Iterator[None]:
     """Have a thread look after a snapshot until the scope ends."""
-    ended = threading.Event()
+    def look() -> bool:
+        attendant.look()
+        return True
 
-    def run() -> None:
-        while not ended.wait(_LOOK_S):
-            attendant.look()
-        attendant.end()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    with beside.repeated(look, _LOOK_S, attendant.end):
         yield
-    finally:
-        ended.set()
-        thread.join(_END_TIMEOUT_S)

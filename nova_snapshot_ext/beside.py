@@ -22,18 +22,22 @@ _END_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
-def repeated(look: collections.abc.Callable[[], bool],
-             every_s: float) -> collections.abc.Iterator[None]:
+def repeated(look: collections.abc.Callable[[], bool], every_s: float,
+             last: collections.abc.Callable[[], None] = lambda: None,
+             ) -> collections.abc.Iterator[None]:
     """Have a thread do something until the scope ends.
 
     :param look: called again while it returns True; raises nothing
     :param every_s: seconds between two calls, and before the first
+    :param last: called when the scope ends, by the same thread
     """
     ended = threading.Event()
 
     def run() -> None:
         while not ended.wait(every_s) and look():
             pass
+        ended.wait()
+        last()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -171,7 +171,7 @@ class TestAttending(AttendantTestCase):
         self.assertNotIn('not taken back', self.output.output)
 
     def test_report_that_hangs_does_not_hold_up_the_end(self) -> None:
-        self.patch_name('nova_snapshot_ext.attendant._END_TIMEOUT_S', 0.01)
+        self.patch_name('nova_snapshot_ext.beside._END_TIMEOUT_S', 0.01)
         release = threading.Event()
         self.addCleanup(release.set)
         self.attendant._report = (  # type: ignore[method-assign]
