@@ -183,8 +183,8 @@ class SlowTest(base.CloudTestCase):
             'streamed', 'DEFAULT.concurrency_backend=eventlet')
 
     def _watch_and_end(self, transfer: str, *settings: str) -> None:
-        # One start of nova-compute takes longer than all of this.
-        self.configure('snapshot_ext.bandwidth=8',
+        # Of the guest's disk some 25 MiB are not zeroes.
+        self.configure('snapshot_ext.bandwidth=1',
                        f'snapshot_ext.transfers={transfer}', *settings)
         server = self.server()
         self._see_progress_rise(server)
@@ -204,7 +204,7 @@ class SlowTest(base.CloudTestCase):
         self.wait_image(server, image_id)
         rising = [percent for percent in seen if percent]
         self.assertEqual(sorted(set(rising)), rising)
-        self.assertGreaterEqual(len(rising), 4, seen)
+        self.assertGreaterEqual(len(rising), 3, seen)
         self.assertLessEqual(rising[-1], 100)
         self.assertEqual(0, self._progress(server))
 
