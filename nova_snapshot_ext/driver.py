@@ -289,12 +289,27 @@ class SnapshotLibvirtDriver(
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
         try:
-            domain = self._host.get_guest(instance)._domain
-        except nova_exception.InstanceNotFound as error:
+            domain = self._domain(instance)
+        except exception.GuestGone as error:
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
         return guests.Guest(
-            domain, self._host._uri, in_thread=nova_utils.tpool_wrap)
+            domain, self._host._uri, in_thread=nova_utils.tpool_wrap,
+            find=lambda: self._domain(instance))
+
+    def _domain(self, instance: objects.Instance) -> typing.Any:
+        """An instance's virDomain, by a connection that Nova has tested.
+
+        :raises GuestGone: if it has none
+        :raises SnapshotError: if libvirt can't be asked
+        """
+        try:
+            return self._host.get_guest(instance)._domain
+        except nova_exception.InstanceNotFound as error:
+            raise exception.GuestGone(
+                f'Instance {instance.uuid} has no domain') from error
+        except nova_exception.NovaException as error:
+            raise exception.SnapshotError(str(error)) from error
 
     def _request(self, instance: objects.Instance,
                  disk: disks.Disk) -> requests.Request:

@@ -26,6 +26,7 @@ import libvirt
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext.images import directory
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -61,6 +62,27 @@ class BackupTest(test_flows.SnapshotTestCase):
             self.assertEqual('crash', result.consistency.value)
             self.assert_whole(guest)
             guest.destroy()
+
+    def test_libvirtd_is_restarted_while_the_disk_is_read(self):
+        guest = self.guest(guests.Disk('overlay'))
+        before = guest.wait_writes_on()
+        publish = directory.DirectoryService.publish
+
+        def restarted(service, *arguments):
+            self.libvirtd.kill()
+            self.libvirtd.start()
+            return publish(service, *arguments)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.images.directory.DirectoryService.publish',
+            restarted))
+        result, image = self.take(guest, 'backup', transfer='streamed')
+        self.assertEqual('backup', result.flow)
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        guest.domain = connection.lookupByUUIDString(guest.uuid)
+        self.assert_good(image, before, guest.counter())
+        self.assertIsNone(self.ours(guest).job())
+        self.assert_whole(guest)
 
     def test_paused_guest_stays_paused(self):
         guest = self.guest(guests.Disk('overlay'))

@@ -38,9 +38,9 @@ class Journal(list[str]):
 
 
 def libvirt_error(code: int, message: str = 'refused',
-                  ) -> libvirt.libvirtError:
+                  domain: int = 0) -> libvirt.libvirtError:
     error = libvirt.libvirtError(message)
-    error.err = (code, 0, message, 2, '', '', '', 0, 0)
+    error.err = (code, domain, message, 2, '', '', '', 0, 0)
     return error
 
 

@@ -16,6 +16,7 @@ import os
 import typing
 
 import fixtures
+import libvirt
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -64,8 +65,11 @@ class FakeNovaHost:
 
     def __init__(self, domain: fakes.FakeDomain) -> None:
         self.domain: fakes.FakeDomain | None = domain
+        self.error: Exception | None = None
 
     def get_guest(self, instance: objects.Instance) -> object:
+        if self.error is not None:
+            raise self.error
         if self.domain is None:
             raise nova_exception.InstanceNotFound(instance_id=instance.uuid)
         return type('Guest', (), {'_domain': self.domain})()
@@ -272,6 +276,28 @@ class TestErrors(DriverTestCase):
         self.nova_host.domain = None
         self.assertRaises(nova_exception.InstanceNotRunning, self.snapshot)
         self.assertEqual([], self.taken)
+
+    def test_domain_is_looked_up_anew_by_novas_connection(self) -> None:
+        self.snapshot()
+        guest = self.taken[0]['guest']
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, domain=libvirt.VIR_FROM_RPC)
+        self.nova_host.domain = fakes.FakeDomain(self.journal)
+        self.assertEqual(guests.State.RUNNING, guest.state())
+
+    def test_libvirt_that_nova_can_not_reach_is_our_error(self) -> None:
+        self.snapshot()
+        guest = self.taken[0]['guest']
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, domain=libvirt.VIR_FROM_RPC)
+        for theirs, ours in (
+                (nova_exception.HypervisorUnavailable(),
+                 exception.SnapshotError),
+                (nova_exception.InstanceNotFound(instance_id=fakes.UUID),
+                 exception.GuestGone)):
+            self.nova_host.error = theirs
+            self.assertIs(
+                ours, type(self.assertRaises(ours, guest.state)))
 
     def test_domain_that_vanishes(self) -> None:
         self.domain.gone()
