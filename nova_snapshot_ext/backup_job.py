@@ -36,10 +36,12 @@ from nova_snapshot_ext import workspace
 @undo.with_guest
 def end_backup(around: undo.Surroundings, guest: guests.Guest,
                socket: str) -> None:
-    """End the backup job that exports on our socket, and no other."""
-    if guest.state() is not guests.State.SHUTOFF and (
-            guest.backup_socket() == socket):
-        scratch.end_job(guest)
+    """End the backup job that exports on our socket, and no other.
+
+    A guest that its scratch paused goes on, whoever ended the job.
+    """
+    if guest.state() is not guests.State.SHUTOFF:
+        scratch.end_job(guest, socket)
 
 
 def obstacle(guest: guests.Guest,
@@ -106,7 +108,8 @@ class Job:
             self, consistency: frozen.Consistency, pause: frozen.Pause,
     ) -> collections.abc.Iterator[frozen.Frozen]:
         """Watch the scratch for as long as the disks are read."""
-        with scratch.watching(self._guest, self._files) as watch:
+        with scratch.watching(
+                self._guest, self._files, self._socket) as watch:
             _take_over(self._socket, self._log)
             yield frozen.Frozen(
                 tuple(frozen.FrozenDisk(

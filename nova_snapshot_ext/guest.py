@@ -58,6 +58,8 @@ _UNSAVABLE = {
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
 _JOB_END_TIMEOUT_S = 30.0
+# How often libvirt is asked to end one, at most.
+_ASK_AGAIN_S = 1.0
 # Of virDomainBlockStatsFlags: numbers, and nanoseconds.
 _COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
               libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_REQ,
@@ -381,7 +383,10 @@ class Guest:
                 libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
 
     def backup_socket(self) -> str | None:
-        """The unix socket that its backup job exports on, None if none."""
+        """The unix socket that its backup job exports on.
+
+        :returns: None if it has no job, '' if its job exports on none
+        """
         try:
             with self._calling('Backup'):
                 description = self._domain.backupGetXMLDesc(0)
@@ -391,27 +396,30 @@ class Guest:
                 return None
             raise
         server = ElementTree.fromstring(description).find('./server')
-        return None if server is None else server.get('socket')
+        return '' if server is None else server.get('socket', '')
 
-    def end_backup(self) -> None:
-        """End its backup job, if there is one, and wait until it is gone.
+    def end_backup(self, socket: str) -> None:
+        """End the backup job that exports on a socket, and no other.
 
-        libvirt answers before the job has ended.
+        Returns when it is gone: libvirt answers before. It is asked again,
+        because a job that is about to begin can't be ended yet.
         """
-        deadline = time.monotonic() + _JOB_END_TIMEOUT_S
-        asked = False
-        while self.backup_socket() is not None:
-            if time.monotonic() > deadline:
+        now = time.monotonic()
+        deadline = now + _JOB_END_TIMEOUT_S
+        ask = now
+        while self.backup_socket() == socket:
+            now = time.monotonic()
+            if now > deadline:
                 raise exception.UndoFailed(
                     f'The backup job of {self.name} does not end')
-            if not asked:
+            if now >= ask:
                 try:
                     with self._calling('End of the backup'):
                         self._domain.abortJob()
                 except LibvirtError as error:
                     if error.code != libvirt.VIR_ERR_OPERATION_INVALID:
                         raise
-                asked = True
+                ask = now + _ASK_AGAIN_S
             time.sleep(0.02)
 
     def is_paused_by_io_error(self) -> bool:

@@ -168,9 +168,12 @@ def made(directory: str, capacities: dict[str, int],
 class Watch:
     """Ends a guest's backup job in time; one thread of its own."""
 
-    def __init__(self, guest: guests.Guest, files: Files) -> None:
+    def __init__(self, guest: guests.Guest, files: Files,
+                 socket: str) -> None:
+        """:param socket: of the job, which need not have begun"""
         self._guest = guest
         self._files = files
+        self._socket = socket
         self._lost: str | None = None
 
     def why_lost(self) -> str | None:
@@ -184,31 +187,45 @@ class Watch:
             self._files.reserve_ahead()
         except OSError as error:
             why = error.strerror
-        if self._guest.is_paused_by_io_error():
-            why = why or 'The guest was paused by an I/O error'
+        if (why is None and self._guest.is_paused_by_io_error()
+                and self._guest.backup_socket() == self._socket):
+            why = 'The guest was paused by an I/O error'
         if why is not None:
             self._lost = why
             LOG.warning('The backup job of %s is ended: %s',
                         self._guest.name, why)
-            end_job(self._guest)
+            end_job(self._guest, self._socket)
         return why is None
 
 
-def end_job(guest: guests.Guest) -> None:
+def end_job(guest: guests.Guest, socket: str) -> None:
     """End a guest's backup job; the guest goes on if its scratch paused it.
 
-    In this order: with the job there, it would be paused again.
+    In this order: with a job there, it would be paused again. It also goes
+    on where the job is gone already: who ended it may not have lived to
+    resume the guest, or not have known. A job of another is left alone, and
+    so is a guest that it may have paused.
+
+    :param socket: of the job
     """
-    guest.end_backup()
-    if guest.is_paused_by_io_error():
-        guest.resume()
+    guest.end_backup(socket)
+    if guest.is_paused_by_io_error() and guest.backup_socket() is None:
+        try:
+            guest.resume()
+        except guests.LibvirtError:
+            # The watch and the undo may do so at the same time.
+            if guest.is_paused_by_io_error():
+                raise
 
 
 @contextlib.contextmanager
-def watching(guest: guests.Guest,
-             files: Files) -> collections.abc.Iterator[Watch]:
-    """Watch the scratch of a guest's backup job until the scope ends."""
-    watch = Watch(guest, files)
+def watching(guest: guests.Guest, files: Files,
+             socket: str) -> collections.abc.Iterator[Watch]:
+    """Watch the scratch of a guest's backup job until the scope ends.
+
+    :param socket: of the job, which need not have begun
+    """
+    watch = Watch(guest, files, socket)
     said = ''
 
     def look() -> bool:

@@ -183,7 +183,7 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertLess(time.monotonic() - began, 10)
         self.assertEqual('/var/tmp/foreign.sock',
                          self.ours(guest).backup_socket())
-        self.ours(guest).end_backup()
+        self.ours(guest).end_backup('/var/tmp/foreign.sock')
 
     def test_nobody_else_gets_at_the_socket(self):
         guest = self.guest(guests.Disk('overlay'))

@@ -150,7 +150,34 @@ class TestEndBackup(base.TestCase):
     def test_guest_that_its_scratch_paused_goes_on(self) -> None:
         self.domain.backup = (
             "<domainbackup><server socket='/ours'/></domainbackup>")
-        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
-                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        self.pause()
         self.end('/ours')
         self.assertEqual(['abortJob', 'resume'], self.journal)
+
+    def pause(self) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
+                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+
+    def test_guest_goes_on_though_its_job_was_ended_before(self) -> None:
+        # By an owner that died then, or by an operator.
+        self.pause()
+        self.end('/ours')
+        self.assertEqual(['resume'], self.journal)
+
+    def test_guest_that_another_job_may_have_paused_is_left_alone(
+            self) -> None:
+        for server in "<server socket='/theirs'/>", '':
+            self.pause()
+            self.domain.backup = f'<domainbackup>{server}</domainbackup>'
+            self.end('/ours')
+        self.assertEqual([], self.journal)
+
+    def test_guest_that_runs_by_then_is_no_failure(self) -> None:
+        def resumed() -> None:
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+        self.domain.errors['resume'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_INVALID)
+        self.pause()
+        self.assertRaises(exception.SnapshotError, self.end, '/ours')
+        self.domain.before['resume'] = resumed
+        self.end('/ours')

@@ -231,6 +231,26 @@ class TestJobs(base.TestCase):
             libvirt.VIR_ERR_OPERATION_INVALID)
         self.assertIsNone(self.guest.job())
 
+    def test_job_that_came_too_late_to_be_ended_is_ended_later(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/ours'/></domainbackup>")
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        abort = self.domain.abortJob
+
+        def tick(seconds: float) -> None:
+            self.now += 0.25
+            self.assertEqual(
+                int(self.now - 0.25) + 1, len(self.journal))
+            if self.now == 2.0:
+                self.domain.abortJob = abort  # type: ignore[method-assign]
+        self.patch_name('time.sleep', tick)
+        self.domain.abortJob = (  # type: ignore[method-assign]
+            lambda: self.journal.append('too early'))
+        self.guest.end_backup('/ours')
+        self.assertEqual(['too early', 'too early', 'abortJob'],
+                         self.journal)
+
     def test_copy_keeps_the_domain_persistent(self) -> None:
         self.domain.disks = fakes.disk_xml('/a')
         self.guest.start_copy('vda', '/overlay')

@@ -152,7 +152,7 @@ class TestWatch(ScratchTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.watch = scratch.Watch(self.guest, self.files())
+        self.watch = scratch.Watch(self.guest, self.files(), '/ours')
 
     def pause(self, reason: int) -> None:
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, reason]
@@ -183,6 +183,24 @@ class TestWatch(ScratchTestCase):
         self.assertEqual([], self.journal)
 
 
+    def test_job_of_another_is_left_alone(self) -> None:
+        self.domain.backup = JOB.replace('/ours', '/theirs')
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+        self.assertTrue(self.watch.look())
+        self.room = 137 * MIB
+        self.written(10 * MIB)
+        self.assertFalse(self.watch.look())
+        self.assertEqual([], self.journal)
+        self.assertIsNotNone(self.watch.why_lost())
+
+    def test_guest_that_was_paused_before_the_job_is_left_alone(
+            self) -> None:
+        self.domain.backup = None
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+        self.assertTrue(self.watch.look())
+        self.assertEqual([], self.journal)
+
+
 class TestWatching(ScratchTestCase):
 
     def wait(self) -> None:
@@ -192,7 +210,8 @@ class TestWatching(ScratchTestCase):
         self.domain.errors['state'] = fakes.libvirt_error(
             libvirt.VIR_ERR_NO_CONNECT)
         logged = self.useFixture(fixtures.FakeLogger())
-        with scratch.watching(self.guest, self.files()) as watch:
+        with scratch.watching(self.guest, self.files(),
+                              '/ours') as watch:
             self.wait()
             self.domain.errors.clear()
             self.room = 0
@@ -205,6 +224,6 @@ class TestWatching(ScratchTestCase):
     def test_guest_that_is_gone_needs_no_watch(self) -> None:
         self.domain.gone()
         logged = self.useFixture(fixtures.FakeLogger())
-        with scratch.watching(self.guest, self.files()):
+        with scratch.watching(self.guest, self.files(), '/ours'):
             self.wait()
         self.assertEqual('', logged.output)
