@@ -26,7 +26,6 @@ import libvirt
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
-from nova_snapshot_ext.images import directory
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -66,17 +65,19 @@ class BackupTest(test_flows.SnapshotTestCase):
     def test_libvirtd_is_restarted_while_the_disk_is_read(self):
         guest = self.guest(guests.Disk('overlay'))
         before = guest.wait_writes_on()
-        publish = directory.DirectoryService.publish
+        restarts = []
 
-        def restarted(service, *arguments):
-            self.libvirtd.kill()
-            self.libvirtd.start()
-            return publish(service, *arguments)
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova_snapshot_ext.images.directory.DirectoryService.publish',
-            restarted))
-        result, image = self.take(guest, 'backup', transfer='streamed')
+        def restart(done, total):
+            if done and not restarts:
+                restarts.append((done, total))
+                self.libvirtd.kill()
+                self.libvirtd.start()
+        result, image = self.take(
+            guest, 'backup', transfer='streamed', bandwidth=16,
+            progress=restart)
         self.assertEqual('backup', result.flow)
+        [(done, total)] = restarts
+        self.assertLess(done, total)
         connection = self.libvirtd.connect()
         self.addCleanup(connection.close)
         guest.domain = connection.lookupByUUIDString(guest.uuid)

@@ -182,7 +182,6 @@ class TestWatch(ScratchTestCase):
         self.assertTrue(self.watch.look())
         self.assertEqual([], self.journal)
 
-
     def test_job_of_another_is_left_alone(self) -> None:
         self.domain.backup = JOB.replace('/ours', '/theirs')
         self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
