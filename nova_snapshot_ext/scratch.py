@@ -43,6 +43,9 @@ POLL_S = 0.1
 # fast as disks do.
 _LOOKS_AHEAD = 2
 _LEAST_AHEAD = 128 * 1024 ** 2
+# So much more is reserved at a time at least: each time the file system is at
+# work beside the guest.
+_STEP = 32 * 1024 ** 2
 # linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
 _FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -91,6 +94,7 @@ class _File:
         ahead = max(_LEAST_AHEAD, self._growth * _LOOKS_AHEAD)
         wanted = min(size + ahead, self._most)
         if wanted > self._reserved:
+            wanted = min(max(wanted, self._reserved + _STEP), self._most)
             try:
                 self._reserve(wanted)
             except OSError as error:
@@ -101,7 +105,8 @@ class _File:
 
     def _reserve(self, length: int) -> None:
         try:
-            _allocate(self._descriptor, length)
+            _allocate(self._descriptor, self._reserved,
+                      length - self._reserved)
             self._reserved = length
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -115,13 +120,13 @@ class _File:
         return os.fstat(self._descriptor).st_size
 
 
-def _allocate(descriptor: int, length: int) -> None:
-    """Have the first bytes of a file find their room (fallocate(2)).
+def _allocate(descriptor: int, offset: int, length: int) -> None:
+    """Have a stretch of a file find its room (fallocate(2)).
 
     posix_fallocate() would make the file longer, or fill it with zeroes.
     """
-    if _LIBC.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0),
-                       ctypes.c_int64(length)):
+    if _LIBC.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE,
+                       ctypes.c_int64(offset), ctypes.c_int64(length)):
         raise OSError(ctypes.get_errno(), '')
 
 

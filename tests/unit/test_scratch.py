@@ -43,13 +43,14 @@ class ScratchTestCase(base.TestCase):
         self.calls = 0
         self.patch_name('nova_snapshot_ext.scratch._allocate', self.allocate)
 
-    def allocate(self, descriptor: int, length: int) -> None:
+    def allocate(self, descriptor: int, offset: int, length: int) -> None:
         self.calls += 1
         if self.room is None:
             raise OSError(errno.EOPNOTSUPP, '')
-        if length > self.room:
+        self.assertEqual(self.reserved, offset)
+        if offset + length > self.room:
             raise OSError(errno.EDQUOT, '')
-        self.reserved = length
+        self.reserved = offset + length
 
     def files(self, capacity: int = CAPACITY) -> scratch.Files:
         made = scratch.made(self.staging, {'vda': capacity})
@@ -81,7 +82,19 @@ class TestReserve(ScratchTestCase):
         files = self.files()
         self.written(10 * MIB)
         files.reserve_ahead()
-        self.assertEqual(138 * MIB, self.reserved)
+        self.assertEqual(160 * MIB, self.reserved)
+        self.written(90 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(250 * MIB, self.reserved)
+
+    def test_reserve_is_not_made_up_in_small_change(self) -> None:
+        files = self.files()
+        self.calls = 0
+        for size in range(1, 33):
+            self.written(size * MIB)
+            files.reserve_ahead()
+        self.assertEqual(1, self.calls)
+        self.assertEqual(160 * MIB, self.reserved)
 
     def test_reserve_is_twice_what_was_written_between_two_looks(
             self) -> None:
@@ -91,7 +104,7 @@ class TestReserve(ScratchTestCase):
         self.assertEqual(300 * MIB, self.reserved)
         self.written(101 * MIB)
         files.reserve_ahead()
-        self.assertEqual(301 * MIB, self.reserved)
+        self.assertEqual(332 * MIB, self.reserved)
 
     def test_no_more_is_reserved_than_can_be_filled(self) -> None:
         most = scratch.most_bytes(200 * MIB)
@@ -135,16 +148,17 @@ class TestAllocate(base.TestCase):
     def test_blocks_come_and_the_size_stays(self) -> None:
         path = self.new_file('scratch', b'data')
         with open(path, 'r+b') as file:
-            scratch._allocate(file.fileno(), MIB)
+            for offset in 0, MIB:
+                scratch._allocate(file.fileno(), offset, MIB)
         status = os.stat(path)
         self.assertEqual(4, status.st_size)
-        self.assertLessEqual(MIB, status.st_blocks * 512)
+        self.assertLessEqual(2 * MIB, status.st_blocks * 512)
 
     def test_what_is_not_possible_is_an_error(self) -> None:
         path = self.new_file('scratch')
         with open(path, 'rb') as file:
             error = self.assertRaises(
-                OSError, scratch._allocate, file.fileno(), MIB)
+                OSError, scratch._allocate, file.fileno(), 0, MIB)
         self.assertEqual(errno.EBADF, error.errno)
 
 
