@@ -347,6 +347,9 @@ class Guest:
             if (error.code == libvirt.VIR_ERR_INTERNAL_ERROR
                     and not error.of_connection):
                 return 'backup'     # one that libvirt is about to begin
+            if error.code == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                # A start or a restore lets nobody ask.
+                return 'of another kind'
             raise
         if job['type'] in (libvirt.VIR_DOMAIN_JOB_NONE,
                            libvirt.VIR_DOMAIN_JOB_COMPLETED):

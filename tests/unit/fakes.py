@@ -299,6 +299,12 @@ class FakeHost:
         yield self.allowed
         self.journal.append('start lock is free')
 
+    @contextlib.contextmanager
+    def may_resume(self) -> collections.abc.Iterator[bool]:
+        self.journal.append('may_resume')
+        yield self.allowed
+        self.journal.append('lock for resume is free')
+
 
 def guest_of(domain: FakeDomain) -> guests.Guest:
     return guests.Guest(domain, URI)

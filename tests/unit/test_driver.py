@@ -13,6 +13,7 @@
 import collections.abc
 import contextlib
 import os
+import time
 import typing
 
 import fixtures
@@ -698,6 +699,28 @@ class TestRecovery(DriverTestCase):
         self.assertIn('recovered instance-00000001', journal)
         self.assertTrue(os.path.exists(path))
         self.assertIn('could not be finished', self.output.output)
+
+    def test_what_fails_goes_on_beside_novas_work(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
+        path = self.leave_log()
+        self.nova_host.error = nova_exception.HypervisorUnavailable()
+        self.process(self.instance)
+        self.assertIn('could not be finished', self.output.output)
+        self.assertEqual(['nova'], journal)
+        self.nova_host.error = None
+        deadline = time.monotonic() + 10
+        while os.path.exists(path):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+        self.assertIn('may start True', journal)
+
+    def test_what_can_not_be_understood_is_not_tried_again(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard.bring_back',
+                        lambda *arguments: journal.append('again'))
+        with open(os.path.join(self.state, 'a.undo'), 'w') as file:
+            file.write('{}\n')
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
 
     def test_progress_of_a_snapshot_that_was_cut_off_goes(self) -> None:
         saved: list[str] = []

@@ -226,6 +226,11 @@ class TestJobs(base.TestCase):
             libvirt.VIR_ERR_INTERNAL_ERROR)
         self.assertEqual('backup', self.guest.job())
 
+    def test_lock_that_is_held_is_a_job(self) -> None:
+        self.domain.errors['jobStats'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT)
+        self.assertEqual('of another kind', self.guest.job())
+
     def test_guest_that_does_not_run_has_none(self) -> None:
         self.domain.errors['jobStats'] = fakes.libvirt_error(
             libvirt.VIR_ERR_OPERATION_INVALID)
