@@ -36,10 +36,12 @@ from nova_snapshot_ext import workspace
 @undo.with_guest
 def end_backup(around: undo.Surroundings, guest: guests.Guest,
                socket: str) -> None:
-    """End the backup job that exports on our socket, and no other."""
-    if guest.state() is not guests.State.SHUTOFF and (
-            guest.backup_socket() == socket):
-        scratch.end_job(guest)
+    """End the backup job that exports on our socket, and no other.
+
+    A guest that its scratch paused goes on, whoever ended the job.
+    """
+    if guest.state() is not guests.State.SHUTOFF:
+        scratch.end_job(guest, socket)
 
 
 def obstacle(guest: guests.Guest,
@@ -75,48 +77,60 @@ def prepared(
         request.scratch_directory, log, group)
     sockets = workspace.make_socket_directory(request, log, group)
     capacities = {disk.target: guest.capacity(disk.target) for disk in disks}
-    with scratch.made(directory, capacities) as files:
-        socket = os.path.join(sockets, 'nbd')
+    socket = os.path.join(sockets, 'nbd')
+    # The scratch is watched from before the job begins, and for as long as it
+    # may be there: also while it is undone.
+    with (scratch.made(directory, capacities) as files,
+          scratch.watching(guest, files, socket) as watch,
+          log.scope()):
         log.push(end_backup, socket=socket)
         # QEMU makes the socket.
         os.chmod(sockets, 0o770)
-        yield Job(guest, capacities, files, socket, log)
+        yield Job(guest, capacities, files, watch, socket, log)
 
 
 class Job:
     """A job that is begun, and then serves."""
 
     def __init__(self, guest: guests.Guest, capacities: dict[str, int],
-                 files: scratch.Files, socket: str,
+                 files: scratch.Files, watch: scratch.Watch, socket: str,
                  log: undo.UndoLog) -> None:
         """Use :func:`prepared`."""
         self._guest = guest
         self._capacities = capacities
-        self._files = files
+        self._watch = watch
         self._socket = socket
         self._log = log
         self._description = _description(capacities, socket, files.paths)
 
     def begin(self) -> None:
-        """Freeze the disks of the running or paused guest."""
-        self._guest.begin_backup(self._description)
+        """Freeze the disks of the running or paused guest.
 
-    @contextlib.contextmanager
-    def serving(
-            self, consistency: frozen.Consistency, pause: frozen.Pause,
-    ) -> collections.abc.Iterator[frozen.Frozen]:
-        """Watch the scratch for as long as the disks are read."""
-        with scratch.watching(self._guest, self._files) as watch:
-            _take_over(self._socket, self._log)
-            yield frozen.Frozen(
-                tuple(frozen.FrozenDisk(
-                    target, capacity, self._socket, target)
-                    for target, capacity in self._capacities.items()),
-                consistency, pause, why_lost=watch.why_lost, by_guest=True)
+        :raises FreezeFailed: if the scratch ran short before, or what is in
+            the place of the socket is none
+        """
+        self._guest.begin_backup(self._description)
+        _take_over(self._socket, self._log)
+        lost = self._watch.why_lost()
+        if lost is not None:
+            # The watch may have found no job to end.
+            raise exception.FreezeFailed(lost)
+
+    def frozen(self, consistency: frozen.Consistency,
+               pause: frozen.Pause) -> frozen.Frozen:
+        """The disks, once the job was begun."""
+        return frozen.Frozen(
+            tuple(frozen.FrozenDisk(target, capacity, self._socket, target)
+                  for target, capacity in self._capacities.items()),
+            consistency, pause, why_lost=self._watch.why_lost,
+            by_guest=True)
 
 
 def _take_over(socket: str, log: undo.UndoLog) -> None:
     """Have the socket that QEMU made for this process alone.
+
+    QEMU makes it in the moment that the job begins. Who runs as QEMU's user
+    may connect until this is done.
 
     First nobody else may reach into its directory: who runs as QEMU could
     have put a link in its place, and root would follow it; and other guests'

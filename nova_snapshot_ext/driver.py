@@ -15,6 +15,7 @@
 import collections.abc
 import contextlib
 import os
+import threading
 import time
 import typing
 
@@ -96,6 +97,9 @@ class NovaHost:
             return
         with _instance_lock(self._instance.uuid):
             yield self._is_ours_to_start(self._instance)
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        return self.may_start()
 
     def _is_ours_to_start(self, instance: objects.Instance) -> bool:
         try:
@@ -213,20 +217,43 @@ class SnapshotLibvirtDriver(
         yet: what is here is this host's.
         """
         instances = super().process_instances_at_startup(context, instances)
-        hosts = {instance.uuid: NovaHost(self, instance)
-                 for instance in instances}
+        known = {instance.uuid: instance for instance in instances}
         deadline = time.monotonic() + _GUARDS_TIMEOUT_S
         for path in undo.logs_in(state_directory()):
             uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
-            try:
-                _finish(path, hosts.get(uuid) or NovaHost(self, None),
-                        deadline)
-            except Exception:
-                LOG.exception('%s could not be finished; snapshots of its '
-                              'guest are refused until it is', path)
+            self._finish(path, known.get(uuid), deadline)
         for instance in instances:
             _forget_progress(instance)
         return instances
+
+    def _finish(self, path: str, instance: objects.Instance | None,
+                deadline: float) -> None:
+        """Run what a dead nova-compute left, once no guard does so any more.
+
+        What fails goes on beside Nova's own work: a guest does not stay
+        paused or off because libvirt was away, or busy with it, for now.
+
+        :param deadline: on the monotonic clock; a guard that goes on for
+            longer is left alone
+        """
+        host = NovaHost(self, instance)
+
+        def find(uri: str, uuid: str) -> guests.Guest | None:
+            if instance is None:
+                return guards.find_guest(uri, uuid)
+            try:
+                return self._our_guest(instance)
+            except nova_exception.InstanceNotRunning:
+                return None
+
+        try:
+            _finish_now(path, find, host, deadline)
+        except Exception as error:
+            LOG.exception('%s could not be finished; snapshots of its guest '
+                          'are refused until it is', path)
+            if not isinstance(error, ValueError):
+                threading.Thread(target=guards.bring_back,
+                                 args=(path, find, host), daemon=True).start()
 
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
         """What this package leaves to Nova, None if it serves.
@@ -281,12 +308,27 @@ class SnapshotLibvirtDriver(
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
         try:
-            domain = self._host.get_guest(instance)._domain
-        except nova_exception.InstanceNotFound as error:
+            domain = self._domain(instance)
+        except exception.GuestGone as error:
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
         return guests.Guest(
-            domain, self._host._uri, in_thread=nova_utils.tpool_wrap)
+            domain, self._host._uri, in_thread=nova_utils.tpool_wrap,
+            find=lambda: self._domain(instance))
+
+    def _domain(self, instance: objects.Instance) -> typing.Any:
+        """An instance's virDomain, by a connection that Nova has tested.
+
+        :raises GuestGone: if it has none
+        :raises SnapshotError: if libvirt can't be asked
+        """
+        try:
+            return self._host.get_guest(instance)._domain
+        except nova_exception.InstanceNotFound as error:
+            raise exception.GuestGone(
+                f'Instance {instance.uuid} has no domain') from error
+        except nova_exception.NovaException as error:
+            raise exception.SnapshotError(str(error)) from error
 
     def _request(self, instance: objects.Instance,
                  disk: disks.Disk) -> requests.Request:
@@ -344,15 +386,11 @@ class SnapshotLibvirtDriver(
             properties=properties, removed=frozenset(removed))
 
 
-def _finish(path: str, host: NovaHost, deadline: float) -> None:
-    """Run what a dead nova-compute left, once no guard does so any more.
-
-    :param deadline: on the monotonic clock; a guard that goes on for longer
-        is left alone
-    """
+def _finish_now(path: str, find: undo.FindGuest, host: NovaHost,
+                deadline: float) -> None:
     while True:
         try:
-            undo.UndoLog.adopt(path, guards.find_guest, host).unwind()
+            undo.UndoLog.adopt(path, find, host).unwind()
         except FileNotFoundError:
             return
         except exception.GuestBusy:

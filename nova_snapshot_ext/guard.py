@@ -51,8 +51,9 @@ _END_TIMEOUT_S = 10.0
 _RETRY_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
-# How long a guard may start a guest on its own: nobody can have decided
-# otherwise about a guest whose snapshot has just ended. Later only Nova knows.
+# How long a guard may start a guest on its own, once it is off and nothing is
+# under way: nobody can have decided otherwise about a guest whose snapshot has
+# just ended. Later only Nova knows.
 _START_TIMEOUT_OF_GUEST_S = 120.0
 
 
@@ -107,14 +108,21 @@ class Guard(contextlib.AbstractContextManager['Guard']):
 
 
 class GuardHost(hosts.PlainHost):
-    """What a guard may do: starting a guest only soon after the end."""
+    """What a guard may do: starting a guest only soon after it could be.
+
+    A guest that is up and paused may be resumed at any time.
+    """
 
     def __init__(self) -> None:
-        self._deadline = time.monotonic() + _START_TIMEOUT_OF_GUEST_S
+        self._deadline: float | None = None
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
         """:raises UndoFailed: when it is too late for that"""
-        if time.monotonic() > self._deadline:
+        now = time.monotonic()
+        if self._deadline is None:
+            # How long its memory was saved does not count.
+            self._deadline = now + _START_TIMEOUT_OF_GUEST_S
+        if now > self._deadline:
             raise exception.UndoFailed(
                 'The guest is not started: whether it should run by now is '
                 'for Nova to say')
@@ -169,20 +177,21 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _stand_guard(path)
-    return 0 if _bring_back(path) else 1
+    return 0 if bring_back(path, find_guest, GuardHost()) else 1
 
 
-def _bring_back(path: str) -> bool:
+def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
     """Run what is left in the log of an owner that is dead or done.
+
+    What fails is tried again for an hour.
 
     :returns: whether nothing is left
     """
     deadline = time.monotonic() + _RETRY_TIMEOUT_S
-    host = GuardHost()
     wait_s = _RETRY_S
     while True:
         try:
-            undo.UndoLog.adopt(path, find_guest, host).unwind()
+            undo.UndoLog.adopt(path, find, host).unwind()
             return True
         except FileNotFoundError:
             return True
@@ -192,7 +201,8 @@ def _bring_back(path: str) -> bool:
         except (libvirt.libvirtError, exception.SnapshotError,
                 OSError) as error:
             if time.monotonic() > deadline:
-                LOG.error('%s is left for Nova: %s', path, error)
+                LOG.error("%s is left for nova-compute's next start: %s",
+                          path, error)
                 return False
             LOG.warning('%s is tried again in %.0f s: %s', path, wait_s,
                         error)

@@ -29,9 +29,12 @@ from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
+from oslo_log import log as logging
 
 from nova_snapshot_ext import disk
 from nova_snapshot_ext import exception
+
+LOG = logging.getLogger(__name__)
 
 AGENT_CHANNEL = 'org.qemu.guest_agent.0'
 NOVA_METADATA = '{http://openstack.org/xmlns/libvirt/nova/1.1}instance'
@@ -55,6 +58,8 @@ _UNSAVABLE = {
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
 _JOB_END_TIMEOUT_S = 30.0
+# How often libvirt is asked to end one, at most.
+_ASK_AGAIN_S = 1.0
 # Of virDomainBlockStatsFlags: numbers, and nanoseconds.
 _COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
               libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_REQ,
@@ -62,11 +67,15 @@ _COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
 _TOOK_NS = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_TOTAL_TIMES,
             libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES,
             libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_TOTAL_TIMES)
+# Whose errors say that a call did not come through, or its answer.
+_CONNECTION = (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE)
 
 
 Wrap = collections.abc.Callable[
     [collections.abc.Callable[..., typing.Any]],
     collections.abc.Callable[..., typing.Any]]
+#: looks a domain up by a connection that is alive
+Find = collections.abc.Callable[[], libvirt.virDomain]
 
 
 class LibvirtError(exception.SnapshotError):
@@ -76,6 +85,7 @@ class LibvirtError(exception.SnapshotError):
         """:param what: what was tried, for the message"""
         super().__init__(f'{what}: {error.get_error_message()}')
         self.code: int = error.get_error_code()
+        self.of_connection: bool = _is_of_connection(error)
 
     @property
     def agent_is_silent(self) -> bool:
@@ -144,22 +154,62 @@ class IoTimes:
     seconds: float
 
 
+def _is_of_connection(error: libvirt.libvirtError) -> bool:
+    return error.get_error_domain() in _CONNECTION
+
+
+class _Domain:
+    """A virDomain that is looked up anew when its connection broke.
+
+    A restart of libvirtd ends every connection for good, and with it what
+    was looked up by it; the guest runs on. Then the call is repeated, once:
+    if it came through after all, libvirt refuses the second of those that
+    would do harm.
+    """
+
+    def __init__(self, domain: libvirt.virDomain, find: Find) -> None:
+        self._domain = domain
+        self._find = find
+
+    def call(self, function: collections.abc.Callable[
+            [libvirt.virDomain], typing.Any]) -> typing.Any:
+        """Call a function of the domain."""
+        try:
+            return function(self._domain)
+        except libvirt.libvirtError as error:
+            if not _is_of_connection(error):
+                raise
+            LOG.info('The connection to libvirt broke, and is made anew: %s',
+                     error)
+        self._domain = self._find()
+        return function(self._domain)
+
+    def __getattr__(self, name: str) -> collections.abc.Callable[
+            ..., typing.Any]:
+        """A method of virDomain."""
+        return lambda *arguments: self.call(
+            lambda domain: getattr(domain, name)(*arguments))
+
+
 class Guest:
     """One libvirt domain: its state, its disks, and what is done to them."""
 
     def __init__(self, domain: libvirt.virDomain, uri: str,
-                 in_thread: Wrap = lambda function: function) -> None:
+                 in_thread: Wrap = lambda function: function,
+                 find: Find | None = None) -> None:
         """:param uri: what another process can reach the domain's libvirt by
 
         A connection only tells the URI of the driver at its far end.
 
         :param in_thread: makes a function one that does not hold up other
             greenlets, where there are any
+        :param find: what looks the domain up anew; the URI is opened for
+            that without it. It raises libvirtError or SnapshotError.
         """
-        self._domain = domain
         self._in_thread = in_thread
         self.uri = uri
         self.uuid: str = domain.UUIDString()
+        self._domain = _Domain(domain, find or self._find_by_uri)
         self.name: str = domain.name()
 
     @classmethod
@@ -181,6 +231,9 @@ class Guest:
                     raise LibvirtError(f'Looking for domain {which}',
                                        error) from error
         raise exception.GuestGone(f'There is no domain {which}')
+
+    def _find_by_uri(self) -> libvirt.virDomain:
+        return libvirt.open(self.uri).lookupByUUIDString(self.uuid)
 
     @contextlib.contextmanager
     def _calling(self, what: str) -> collections.abc.Iterator[None]:
@@ -299,8 +352,12 @@ class Guest:
         except LibvirtError as error:
             if error.code == libvirt.VIR_ERR_OPERATION_INVALID:
                 return None         # it does not run
-            if error.code == libvirt.VIR_ERR_INTERNAL_ERROR:
+            if (error.code == libvirt.VIR_ERR_INTERNAL_ERROR
+                    and not error.of_connection):
                 return 'backup'     # one that libvirt is about to begin
+            if error.code == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                # A start or a restore lets nobody ask.
+                return 'of another kind'
             raise
         if job['type'] in (libvirt.VIR_DOMAIN_JOB_NONE,
                            libvirt.VIR_DOMAIN_JOB_COMPLETED):
@@ -337,7 +394,10 @@ class Guest:
                 libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
 
     def backup_socket(self) -> str | None:
-        """The unix socket that its backup job exports on, None if none."""
+        """The unix socket that its backup job exports on.
+
+        :returns: None if it has no job, '' if its job exports on none
+        """
         try:
             with self._calling('Backup'):
                 description = self._domain.backupGetXMLDesc(0)
@@ -347,27 +407,30 @@ class Guest:
                 return None
             raise
         server = ElementTree.fromstring(description).find('./server')
-        return None if server is None else server.get('socket')
+        return '' if server is None else server.get('socket', '')
 
-    def end_backup(self) -> None:
-        """End its backup job, if there is one, and wait until it is gone.
+    def end_backup(self, socket: str) -> None:
+        """End the backup job that exports on a socket, and no other.
 
-        libvirt answers before the job has ended.
+        Returns when it is gone: libvirt answers before. It is asked again,
+        because a job that is about to begin can't be ended yet.
         """
-        deadline = time.monotonic() + _JOB_END_TIMEOUT_S
-        asked = False
-        while self.backup_socket() is not None:
-            if time.monotonic() > deadline:
+        now = time.monotonic()
+        deadline = now + _JOB_END_TIMEOUT_S
+        ask = now
+        while self.backup_socket() == socket:
+            now = time.monotonic()
+            if now > deadline:
                 raise exception.UndoFailed(
                     f'The backup job of {self.name} does not end')
-            if not asked:
+            if now >= ask:
                 try:
                     with self._calling('End of the backup'):
                         self._domain.abortJob()
                 except LibvirtError as error:
                     if error.code != libvirt.VIR_ERR_OPERATION_INVALID:
                         raise
-                asked = True
+                ask = now + _ASK_AGAIN_S
             time.sleep(0.02)
 
     def is_paused_by_io_error(self) -> bool:
@@ -433,7 +496,8 @@ class Guest:
         try:
             yield
         finally:
-            with contextlib.suppress(libvirt.libvirtError):
+            with (contextlib.suppress(exception.SnapshotError),
+                  self._calling('Time-out of the guest agent')):
                 self._domain.agentSetResponseTimeout(
                     libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK, 0)
 
@@ -461,7 +525,9 @@ class Guest:
                 './devices/tpm/backend/encryption'):
             secret = encryption.get('secret', '')
             try:
-                self._domain.connect().secretLookupByUUIDString(secret)
+                self._domain.call(
+                    lambda domain: domain.connect().secretLookupByUUIDString(
+                        secret))
             except libvirt.libvirtError:
                 return ('libvirt no longer holds the secret of its TPM: it '
                         'could not be started again')
@@ -547,7 +613,8 @@ class Guest:
         with self._calling(command):
             # A function of a module: Nova's proxies do not see it.
             call = self._in_thread(libvirt_qemu.qemuMonitorCommand)
-            answer = json.loads(call(self._domain, request, 0))
+            answer = json.loads(self._domain.call(
+                lambda domain: call(domain, request, 0)))
         if 'error' in answer:
             raise exception.SnapshotError(
                 f'{command} of {self.name}: {answer["error"]["desc"]}')

@@ -31,8 +31,15 @@ class Host(typing.Protocol):
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
         """Whether the guest that we stopped is still ours to start.
 
-        While the context lasts nobody deletes it; its dedicated CPUs are
-        on line.
+        Asked when it is off and nothing is under way. While the context
+        lasts nobody deletes it; its dedicated CPUs are on line.
+        """
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        """Whether the guest that we started paused is still ours to resume.
+
+        As long as it is up and paused by us, it is not down by anybody's
+        will.
         """
 
 
@@ -43,4 +50,7 @@ class PlainHost:
         os.chown(path, uid, gid, follow_symlinks=False)
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(True)
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
         return contextlib.nullcontext(True)

@@ -21,7 +21,8 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import undo
 
 _POLL_S = 0.05
-# How long a managed save that its owner did not live to see may take.
+# How long a managed save, or the restore, that its owner did not live to see
+# may take.
 _SAVE_TIMEOUT_S = 600.0
 # How long libvirt may keep such a call waiting for the domain's lock
 # (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
@@ -59,15 +60,34 @@ def let_run(around: undo.Surroundings, guest: guests.Guest,
 
     Its owner may have died when it was started and did not run yet, or when
     libvirt had not begun to start it.
+
+    :raises UndoFailed: if it is still being started
     """
-    with around.host.may_start() as allowed:
-        if not allowed:
-            return
-        state = guest.state()
-        if state is guests.State.SHUTOFF and guest.has_managed_save():
-            guest.start()
-        elif state is guests.State.PAUSED and was_running:
-            guest.resume()
+    if around.owner_died:
+        _wait_until_started(guest)
+    if guest.state() is guests.State.SHUTOFF:
+        with around.host.may_start() as allowed:
+            if (allowed and guest.state() is guests.State.SHUTOFF
+                    and guest.has_managed_save()):
+                guest.start()
+    elif was_running:
+        with around.host.may_resume() as allowed:
+            if allowed and guest.state() is guests.State.PAUSED:
+                guest.resume()
+
+
+def _wait_until_started(guest: guests.Guest) -> None:
+    """Wait for a start that a dead owner left under way, if there is one.
+
+    The guest is paused then for as long as its memory is read.
+    """
+    begun = time.monotonic()
+    while (guest.state() not in (guests.State.SHUTOFF, guests.State.RUNNING)
+           and guest.job() not in (None, 'backup')):
+        if time.monotonic() - begun > _SAVE_TIMEOUT_S:
+            raise exception.UndoFailed(
+                f'{guest.name} is still being started')
+        time.sleep(_POLL_S)
 
 
 @undo.step

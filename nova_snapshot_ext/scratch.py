@@ -43,6 +43,9 @@ POLL_S = 0.1
 # fast as disks do.
 _LOOKS_AHEAD = 2
 _LEAST_AHEAD = 128 * 1024 ** 2
+# So much more is reserved at a time at least: each time the file system is at
+# work beside the guest.
+_STEP = 32 * 1024 ** 2
 # linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
 _FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -91,6 +94,7 @@ class _File:
         ahead = max(_LEAST_AHEAD, self._growth * _LOOKS_AHEAD)
         wanted = min(size + ahead, self._most)
         if wanted > self._reserved:
+            wanted = min(max(wanted, self._reserved + _STEP), self._most)
             try:
                 self._reserve(wanted)
             except OSError as error:
@@ -101,7 +105,8 @@ class _File:
 
     def _reserve(self, length: int) -> None:
         try:
-            _allocate(self._descriptor, length)
+            _allocate(self._descriptor, self._reserved,
+                      length - self._reserved)
             self._reserved = length
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
@@ -115,13 +120,13 @@ class _File:
         return os.fstat(self._descriptor).st_size
 
 
-def _allocate(descriptor: int, length: int) -> None:
-    """Have the first bytes of a file find their room (fallocate(2)).
+def _allocate(descriptor: int, offset: int, length: int) -> None:
+    """Have a stretch of a file find its room (fallocate(2)).
 
     posix_fallocate() would make the file longer, or fill it with zeroes.
     """
-    if _LIBC.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0),
-                       ctypes.c_int64(length)):
+    if _LIBC.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE,
+                       ctypes.c_int64(offset), ctypes.c_int64(length)):
         raise OSError(ctypes.get_errno(), '')
 
 
@@ -168,9 +173,12 @@ def made(directory: str, capacities: dict[str, int],
 class Watch:
     """Ends a guest's backup job in time; one thread of its own."""
 
-    def __init__(self, guest: guests.Guest, files: Files) -> None:
+    def __init__(self, guest: guests.Guest, files: Files,
+                 socket: str) -> None:
+        """:param socket: of the job, which need not have begun"""
         self._guest = guest
         self._files = files
+        self._socket = socket
         self._lost: str | None = None
 
     def why_lost(self) -> str | None:
@@ -184,31 +192,45 @@ class Watch:
             self._files.reserve_ahead()
         except OSError as error:
             why = error.strerror
-        if self._guest.is_paused_by_io_error():
-            why = why or 'The guest was paused by an I/O error'
+        if (why is None and self._guest.is_paused_by_io_error()
+                and self._guest.backup_socket() == self._socket):
+            why = 'The guest was paused by an I/O error'
         if why is not None:
             self._lost = why
             LOG.warning('The backup job of %s is ended: %s',
                         self._guest.name, why)
-            end_job(self._guest)
+            end_job(self._guest, self._socket)
         return why is None
 
 
-def end_job(guest: guests.Guest) -> None:
+def end_job(guest: guests.Guest, socket: str) -> None:
     """End a guest's backup job; the guest goes on if its scratch paused it.
 
-    In this order: with the job there, it would be paused again.
+    In this order: with a job there, it would be paused again. It also goes
+    on where the job is gone already: who ended it may not have lived to
+    resume the guest, or not have known. A job of another is left alone, and
+    so is a guest that it may have paused.
+
+    :param socket: of the job
     """
-    guest.end_backup()
-    if guest.is_paused_by_io_error():
-        guest.resume()
+    guest.end_backup(socket)
+    if guest.is_paused_by_io_error() and guest.backup_socket() is None:
+        try:
+            guest.resume()
+        except guests.LibvirtError:
+            # The watch and the undo may do so at the same time.
+            if guest.is_paused_by_io_error():
+                raise
 
 
 @contextlib.contextmanager
-def watching(guest: guests.Guest,
-             files: Files) -> collections.abc.Iterator[Watch]:
-    """Watch the scratch of a guest's backup job until the scope ends."""
-    watch = Watch(guest, files)
+def watching(guest: guests.Guest, files: Files,
+             socket: str) -> collections.abc.Iterator[Watch]:
+    """Watch the scratch of a guest's backup job until the scope ends.
+
+    :param socket: of the job, which need not have begun
+    """
+    watch = Watch(guest, files, socket)
     said = ''
 
     def look() -> bool:

@@ -58,6 +58,8 @@ class Surroundings:
 
 
 Step = collections.abc.Callable[..., None]
+#: gives the guest of a libvirt URI and a domain's UUID, None if it is gone
+FindGuest = collections.abc.Callable[[str, str], guests.Guest | None]
 _STEPS: dict[str, Step] = {}
 
 
@@ -167,12 +169,10 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         return log
 
     @classmethod
-    def adopt(cls, path: str, find_guest: collections.abc.Callable[
-            [str, str], guests.Guest | None], host: hosts.Host) -> 'UndoLog':
+    def adopt(cls, path: str, find_guest: FindGuest,
+              host: hosts.Host) -> 'UndoLog':
         """Take over the log of a dead process.
 
-        :param find_guest: gives the guest of a libvirt URI and a domain's
-            UUID, or None if it is gone
         :raises GuestBusy: if its owner lives
         :raises FileNotFoundError: if there is none (any more)
         :raises ValueError: if it can't be understood

@@ -44,11 +44,8 @@ class BackupFlow(base.Flow):
             request: requests.Request, log: undo.UndoLog,
     ) -> collections.abc.Iterator[frozen.Frozen]:
         pause = frozen.Pause()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(log.scope())
-            job = stack.enter_context(
-                backup_job.prepared(guest, disks, request, log))
+        with (log.scope(),
+              backup_job.prepared(guest, disks, request, log) as job):
             with quiesce.quiesced(guest, request, log, pause) as outcome:
                 job.begin()
-            yield stack.enter_context(
-                job.serving(outcome.consistency, pause))
+            yield job.frozen(outcome.consistency, pause)

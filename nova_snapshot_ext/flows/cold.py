@@ -145,13 +145,10 @@ def _by_internal_snapshots(
 def _by_backup_job(
         guest: guests.Guest, disks: base.Disks, request: requests.Request,
         log: undo.UndoLog) -> collections.abc.Iterator[frozen.Frozen]:
-    with contextlib.ExitStack() as stack:
-        job = stack.enter_context(
-            backup_job.prepared(guest, disks, request, log))
+    with backup_job.prepared(guest, disks, request, log) as job:
         pause = frozen.Pause()
         power.Stopped(guest, log, pause).start_after(job.begin)
-        yield stack.enter_context(
-            job.serving(frozen.Consistency.CRASH, pause))
+        yield job.frozen(frozen.Consistency.CRASH, pause)
 
 
 class _Source:

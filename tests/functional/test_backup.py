@@ -62,6 +62,29 @@ class BackupTest(test_flows.SnapshotTestCase):
             self.assert_whole(guest)
             guest.destroy()
 
+    def test_libvirtd_is_restarted_while_the_disk_is_read(self):
+        guest = self.guest(guests.Disk('overlay'))
+        before = guest.wait_writes_on()
+        restarts = []
+
+        def restart(done, total):
+            if done and not restarts:
+                restarts.append((done, total))
+                self.libvirtd.kill()
+                self.libvirtd.start()
+        result, image = self.take(
+            guest, 'backup', transfer='streamed', bandwidth=16,
+            progress=restart)
+        self.assertEqual('backup', result.flow)
+        [(done, total)] = restarts
+        self.assertLess(done, total)
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        guest.domain = connection.lookupByUUIDString(guest.uuid)
+        self.assert_good(image, before, guest.counter())
+        self.assertIsNone(self.ours(guest).job())
+        self.assert_whole(guest)
+
     def test_paused_guest_stays_paused(self):
         guest = self.guest(guests.Disk('overlay'))
         guest.domain.suspend()
@@ -161,7 +184,7 @@ class BackupTest(test_flows.SnapshotTestCase):
         self.assertLess(time.monotonic() - began, 10)
         self.assertEqual('/var/tmp/foreign.sock',
                          self.ours(guest).backup_socket())
-        self.ours(guest).end_backup()
+        self.ours(guest).end_backup('/var/tmp/foreign.sock')
 
     def test_nobody_else_gets_at_the_socket(self):
         guest = self.guest(guests.Disk('overlay'))

@@ -38,9 +38,9 @@ class Journal(list[str]):
 
 
 def libvirt_error(code: int, message: str = 'refused',
-                  ) -> libvirt.libvirtError:
+                  domain: int = 0) -> libvirt.libvirtError:
     error = libvirt.libvirtError(message)
-    error.err = (code, 0, message, 2, '', '', '', 0, 0)
+    error.err = (code, domain, message, 2, '', '', '', 0, 0)
     return error
 
 
@@ -298,6 +298,12 @@ class FakeHost:
         self.journal.append('may_start')
         yield self.allowed
         self.journal.append('start lock is free')
+
+    @contextlib.contextmanager
+    def may_resume(self) -> collections.abc.Iterator[bool]:
+        self.journal.append('may_resume')
+        yield self.allowed
+        self.journal.append('lock for resume is free')
 
 
 def guest_of(domain: FakeDomain) -> guests.Guest:

@@ -15,12 +15,14 @@
 
 import os
 import stat
+import threading
 
 import libvirt
 
 from nova_snapshot_ext import backup_job
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
+from nova_snapshot_ext import scratch
 from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import doubles
@@ -76,11 +78,17 @@ class TestJob(base.TestCase):
                 self.request(socket_directory=self.sockets),
                 self.log) as job:
             self.modes = [self.mode(self.sockets), *self.own_modes()]
+            self.before_begin()
             job.begin()
-            with job.serving(frozen.Consistency.CRASH,
-                             frozen.Pause()) as found:
-                self.modes += self.own_modes()
-        return found
+            self.modes += self.own_modes()
+            self.while_it_runs()
+            return job.frozen(frozen.Consistency.CRASH, frozen.Pause())
+
+    def before_begin(self) -> None:
+        pass
+
+    def while_it_runs(self) -> None:
+        pass
 
     def mode(self, path: str) -> int:
         return stat.S_IMODE(os.stat(path).st_mode)
@@ -127,6 +135,43 @@ class TestJob(base.TestCase):
                               if each.endswith(' -1')])
         self.assertEqual(['abortJob'], self.journal.of('abort'))
 
+    def test_socket_is_taken_over_in_the_moment_of_the_beginning(
+            self) -> None:
+        self.while_it_runs = (  # type: ignore[method-assign]
+            lambda: self.journal.append('begun'))
+        self.run_job()
+        after = self.journal[self.journal.index('backupBegin') + 1:]
+        self.assertEqual(['chown', 'begun'],
+                         [each.split()[0] for each in after[:2]])
+
+    def test_scratch_is_watched_from_before_the_job_to_its_end(self) -> None:
+        looked = threading.Event()
+        self.patch_name('nova_snapshot_ext.scratch.POLL_S', 0.001)
+
+        def look(watch: scratch.Watch) -> bool:
+            looked.set()
+            return True
+        self.patch_name('nova_snapshot_ext.scratch.Watch.look', look)
+
+        def wait() -> None:
+            looked.clear()
+            self.assertTrue(looked.wait(10))
+            self.journal.append('watched')
+        self.before_begin = wait  # type: ignore[method-assign]
+        self.domain.before['abortJob'] = wait
+        self.run_job()
+        self.assertEqual(
+            ['watched', 'backupBegin', 'abortJob', 'watched'],
+            self.journal.of('watched', 'backupBegin', 'abortJob'))
+
+    def test_job_is_not_begun_for_good_on_a_scratch_that_ran_short(
+            self) -> None:
+        self.patch_name('nova_snapshot_ext.scratch.Watch.why_lost',
+                        lambda watch: 'No space left on device')
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'No space left', self.run_job)
+        self.assertIsNone(self.domain.backup)
+
 
 class TestEndBackup(base.TestCase):
 
@@ -153,7 +198,34 @@ class TestEndBackup(base.TestCase):
     def test_guest_that_its_scratch_paused_goes_on(self) -> None:
         self.domain.backup = (
             "<domainbackup><server socket='/ours'/></domainbackup>")
-        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
-                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        self.pause()
         self.end('/ours')
         self.assertEqual(['abortJob', 'resume'], self.journal)
+
+    def pause(self) -> None:
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED,
+                                     libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+
+    def test_guest_goes_on_though_its_job_was_ended_before(self) -> None:
+        # By an owner that died then, or by an operator.
+        self.pause()
+        self.end('/ours')
+        self.assertEqual(['resume'], self.journal)
+
+    def test_guest_that_another_job_may_have_paused_is_left_alone(
+            self) -> None:
+        for server in "<server socket='/theirs'/>", '':
+            self.pause()
+            self.domain.backup = f'<domainbackup>{server}</domainbackup>'
+            self.end('/ours')
+        self.assertEqual([], self.journal)
+
+    def test_guest_that_runs_by_then_is_no_failure(self) -> None:
+        def resumed() -> None:
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+        self.domain.errors['resume'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_INVALID)
+        self.pause()
+        self.assertRaises(exception.SnapshotError, self.end, '/ours')
+        self.domain.before['resume'] = resumed
+        self.end('/ours')

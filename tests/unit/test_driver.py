@@ -13,9 +13,11 @@
 import collections.abc
 import contextlib
 import os
+import time
 import typing
 
 import fixtures
+import libvirt
 from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -64,8 +66,11 @@ class FakeNovaHost:
 
     def __init__(self, domain: fakes.FakeDomain) -> None:
         self.domain: fakes.FakeDomain | None = domain
+        self.error: Exception | None = None
 
     def get_guest(self, instance: objects.Instance) -> object:
+        if self.error is not None:
+            raise self.error
         if self.domain is None:
             raise nova_exception.InstanceNotFound(instance_id=instance.uuid)
         return type('Guest', (), {'_domain': self.domain})()
@@ -272,6 +277,28 @@ class TestErrors(DriverTestCase):
         self.nova_host.domain = None
         self.assertRaises(nova_exception.InstanceNotRunning, self.snapshot)
         self.assertEqual([], self.taken)
+
+    def test_domain_is_looked_up_anew_by_novas_connection(self) -> None:
+        self.snapshot()
+        guest = self.taken[0]['guest']
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, domain=libvirt.VIR_FROM_RPC)
+        self.nova_host.domain = fakes.FakeDomain(self.journal)
+        self.assertEqual(guests.State.RUNNING, guest.state())
+
+    def test_libvirt_that_nova_can_not_reach_is_our_error(self) -> None:
+        self.snapshot()
+        guest = self.taken[0]['guest']
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, domain=libvirt.VIR_FROM_RPC)
+        for theirs, ours in (
+                (nova_exception.HypervisorUnavailable(),
+                 exception.SnapshotError),
+                (nova_exception.InstanceNotFound(instance_id=fakes.UUID),
+                 exception.GuestGone)):
+            self.nova_host.error = theirs
+            self.assertIs(
+                ours, type(self.assertRaises(ours, guest.state)))
 
     def test_domain_that_vanishes(self) -> None:
         self.domain.gone()
@@ -672,6 +699,28 @@ class TestRecovery(DriverTestCase):
         self.assertIn('recovered instance-00000001', journal)
         self.assertTrue(os.path.exists(path))
         self.assertIn('could not be finished', self.output.output)
+
+    def test_what_fails_goes_on_beside_novas_work(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
+        path = self.leave_log()
+        self.nova_host.error = nova_exception.HypervisorUnavailable()
+        self.process(self.instance)
+        self.assertIn('could not be finished', self.output.output)
+        self.assertEqual(['nova'], journal)
+        self.nova_host.error = None
+        deadline = time.monotonic() + 10
+        while os.path.exists(path):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+        self.assertIn('may start True', journal)
+
+    def test_what_can_not_be_understood_is_not_tried_again(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard.bring_back',
+                        lambda *arguments: journal.append('again'))
+        with open(os.path.join(self.state, 'a.undo'), 'w') as file:
+            file.write('{}\n')
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
 
     def test_progress_of_a_snapshot_that_was_cut_off_goes(self) -> None:
         saved: list[str] = []

@@ -129,23 +129,27 @@ class TestStandGuard(GuardTestCase):
 
 class TestBringBack(GuardTestCase):
 
+    def bring_back(self) -> bool:
+        return guard.bring_back(
+            self.log.path, guard.find_guest, guard.GuardHost())
+
     def test_dead_owners_guest_is_brought_back(self) -> None:
         self.log.push(demo_guard_step, what='one')
         self.log.push(demo_guard_step, what='two')
         self.log.close()
-        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertTrue(self.bring_back())
         self.assertEqual(['two', 'one'], journal)
         self.assertFalse(os.path.exists(self.log.path))
 
     def test_finished_owner_leaves_nothing_to_do(self) -> None:
         self.log.unwind()
-        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertTrue(self.bring_back())
 
     def test_failed_undo_is_tried_again(self) -> None:
         errors.append(exception.SnapshotError('no'))
         self.log.push(demo_guard_step, what='failing')
         self.log.close()
-        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertTrue(self.bring_back())
         self.assertEqual(['failing', 'failing'], journal)
 
     def test_libvirt_that_comes_back_is_waited_for(self) -> None:
@@ -160,7 +164,7 @@ class TestBringBack(GuardTestCase):
                 raise answer
             return answer
         self.patch_name('nova_snapshot_ext.guard.find_guest', find)
-        self.assertTrue(guard._bring_back(self.log.path))
+        self.assertTrue(self.bring_back())
         self.assertEqual(['one'], journal)
 
     def test_what_can_not_be_done_is_left_for_the_next_start(self) -> None:
@@ -168,15 +172,40 @@ class TestBringBack(GuardTestCase):
         errors.append(exception.SnapshotError('no'))
         self.log.push(demo_guard_step, what='failing')
         self.log.close()
-        self.assertFalse(guard._bring_back(self.log.path))
+        self.assertFalse(self.bring_back())
         self.assertTrue(os.path.exists(self.log.path))
 
     def test_log_that_makes_no_sense_is_kept(self) -> None:
         self.log.close()
         with open(self.log.path, 'w') as file:
             file.write('{}\n')
-        self.assertFalse(guard._bring_back(self.log.path))
+        self.assertFalse(self.bring_back())
         self.assertTrue(os.path.exists(self.log.path))
+
+
+class TestGuardHost(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        self.host_ = guard.GuardHost()
+
+    def test_guest_is_started_soon_after_it_could_be(self) -> None:
+        # Its memory was being saved for so long.
+        self.now = 500.0
+        for self.now in 500.0, 619.0:
+            with self.host_.may_start() as allowed:
+                self.assertTrue(allowed)
+        self.now = 621.0
+        self.assertRaisesRegex(exception.UndoFailed, 'for Nova to say',
+                               self.host_.may_start)
+
+    def test_guest_that_is_up_is_resumed_at_any_time(self) -> None:
+        with self.host_.may_start():
+            self.now = 3000.0
+        with self.host_.may_resume() as allowed:
+            self.assertTrue(allowed)
 
 
 class TestFindGuest(base.TestCase):

@@ -12,6 +12,7 @@
 
 import json
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import exception
@@ -47,6 +48,88 @@ class TestFind(base.TestCase):
         self.assertRaisesRegex(
             guests.LibvirtError, 'lost', guests.Guest.find,
             self.domain.connection, fakes.URI, 'a')
+
+
+class TestBrokenConnection(base.TestCase):
+    """libvirtd was restarted: what it gave out before is dead for ever."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.anew = fakes.FakeDomain(self.journal)
+        self.patch_name('libvirt.open', lambda uri: (
+            self.journal.append(f'open {uri}'), self.anew.connection)[1])
+
+    def break_off(self, name: str,
+                  code: int = libvirt.VIR_ERR_SYSTEM_ERROR) -> None:
+        self.domain.errors[name] = fakes.libvirt_error(
+            code, 'client socket is closed', libvirt.VIR_FROM_RPC)
+
+    def test_domain_is_looked_up_anew_and_the_call_repeated(self) -> None:
+        self.anew.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        for code in (libvirt.VIR_ERR_SYSTEM_ERROR,
+                     libvirt.VIR_ERR_INTERNAL_ERROR):
+            self.guest = fakes.guest_of(self.domain)
+            self.journal.clear()
+            self.break_off('state', code)
+            self.assertEqual(guests.State.PAUSED, self.guest.state())
+            self.assertEqual(guests.State.PAUSED, self.guest.state())
+            self.assertEqual([f'open {fakes.URI}'], self.journal)
+
+    def test_door_looks_it_up_in_its_own_way(self) -> None:
+        self.guest = guests.Guest(
+            self.domain, fakes.URI, find=lambda: self.anew)
+        self.break_off('createWithFlags')
+        self.guest.start()
+        self.assertEqual(['createWithFlags'] * 2, self.journal)
+
+    def test_monitor_is_asked_by_the_new_connection(self) -> None:
+        asked = []
+
+        def monitor(domain: fakes.FakeDomain, request: str,
+                    flags: int) -> str:
+            asked.append(domain)
+            domain._may_fail('monitor')
+            return '{"return": {}}'
+        self.patch_name('libvirt_qemu.qemuMonitorCommand', monitor)
+        self.break_off('monitor')
+        self.guest.monitor('stop')
+        self.assertEqual([self.domain, self.anew], asked)
+
+    def test_libvirt_that_is_away_is_asked_anew_by_the_next_call(
+            self) -> None:
+        self.break_off('state')
+        with fixtures.MonkeyPatch('libvirt.open', self.refuse):
+            for _ in range(2):
+                error = self.assertRaises(
+                    guests.LibvirtError, self.guest.state)
+                self.assertIn('no socket', str(error))
+        self.assertEqual(guests.State.RUNNING, self.guest.state())
+
+    def refuse(self, uri: str) -> None:
+        raise fakes.libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, 'no socket', libvirt.VIR_FROM_RPC)
+
+    def test_call_is_repeated_once(self) -> None:
+        self.break_off('state')
+        self.anew.errors = self.domain.errors
+        self.assertRaises(guests.LibvirtError, self.guest.state)
+        self.assertEqual([f'open {fakes.URI}'], self.journal)
+
+    def test_other_errors_are_not_repeated(self) -> None:
+        self.domain.errors['state'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED, 'no', libvirt.VIR_FROM_QEMU)
+        self.assertRaises(guests.LibvirtError, self.guest.state)
+        self.assertEqual([], self.journal)
+
+    def test_guest_that_is_gone_by_then_is_gone(self) -> None:
+        self.break_off('state')
+        self.anew.connection.domains = ()
+        self.assertRaises(exception.GuestGone, self.guest.state)
+
+    def test_broken_connection_is_no_backup_job(self) -> None:
+        self.break_off('jobStats', libvirt.VIR_ERR_INTERNAL_ERROR)
+        self.anew.errors = self.domain.errors
+        self.assertRaises(guests.LibvirtError, self.guest.job)
 
 
 class TestState(base.TestCase):
@@ -143,10 +226,35 @@ class TestJobs(base.TestCase):
             libvirt.VIR_ERR_INTERNAL_ERROR)
         self.assertEqual('backup', self.guest.job())
 
+    def test_lock_that_is_held_is_a_job(self) -> None:
+        self.domain.errors['jobStats'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_TIMEOUT)
+        self.assertEqual('of another kind', self.guest.job())
+
     def test_guest_that_does_not_run_has_none(self) -> None:
         self.domain.errors['jobStats'] = fakes.libvirt_error(
             libvirt.VIR_ERR_OPERATION_INVALID)
         self.assertIsNone(self.guest.job())
+
+    def test_job_that_came_too_late_to_be_ended_is_ended_later(self) -> None:
+        self.domain.backup = (
+            "<domainbackup><server socket='/ours'/></domainbackup>")
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        abort = self.domain.abortJob
+
+        def tick(seconds: float) -> None:
+            self.now += 0.25
+            self.assertEqual(
+                int(self.now - 0.25) + 1, len(self.journal))
+            if self.now == 2.0:
+                self.domain.abortJob = abort  # type: ignore[method-assign]
+        self.patch_name('time.sleep', tick)
+        self.domain.abortJob = (  # type: ignore[method-assign]
+            lambda: self.journal.append('too early'))
+        self.guest.end_backup('/ours')
+        self.assertEqual(['too early', 'too early', 'abortJob'],
+                         self.journal)
 
     def test_copy_keeps_the_domain_persistent(self) -> None:
         self.domain.disks = fakes.disk_xml('/a')

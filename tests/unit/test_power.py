@@ -159,7 +159,7 @@ class TestLetRun(base.TestCase):
     def test_guest_that_was_started_runs_on_under_the_lock(self) -> None:
         self.start_paused()
         self.let_run()
-        self.assertEqual(['may_start', 'resume', 'start lock is free'],
+        self.assertEqual(['may_resume', 'resume', 'lock for resume is free'],
                          self.journal)
         self.assertEqual(['resume'], self.let_run())
 
@@ -183,6 +183,42 @@ class TestLetRun(base.TestCase):
     def test_guest_without_a_save_was_shut_off_by_another(self) -> None:
         self.domain.off()
         self.assertEqual([], self.let_run())
+
+    def test_long_restore_is_waited_for(self) -> None:
+        self.start_paused()
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.job_operation = libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE
+        rounds: list[float] = []
+
+        def restored(seconds: float) -> None:
+            rounds.append(seconds)
+            if len(rounds) == 2:
+                self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+                # Then libvirt's lock is held, and it can't be asked.
+                self.domain.errors['jobStats'] = fakes.libvirt_error(
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT)
+            elif len(rounds) == 4:
+                del self.domain.errors['jobStats']
+        self.patch_name('time.sleep', restored)
+        self.assertEqual(['resume'], self.let_run())
+        self.assertEqual(4, len(rounds))
+
+    def test_backup_job_that_had_begun_is_not_waited_for(self) -> None:
+        self.start_paused()
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.job_operation = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+        self.assertEqual(['resume'], self.let_run())
+
+    def test_restore_without_end_is_tried_again_later(self) -> None:
+        self.start_paused()
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+
+        def tick(seconds: float) -> None:
+            self.now += 100.0
+        self.patch_name('time.sleep', tick)
+        self.assertRaises(exception.UndoFailed, self.let_run)
 
     def test_start_that_is_still_under_way_is_tried_again(self) -> None:
         self.guest.save_memory()

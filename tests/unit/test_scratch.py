@@ -43,13 +43,14 @@ class ScratchTestCase(base.TestCase):
         self.calls = 0
         self.patch_name('nova_snapshot_ext.scratch._allocate', self.allocate)
 
-    def allocate(self, descriptor: int, length: int) -> None:
+    def allocate(self, descriptor: int, offset: int, length: int) -> None:
         self.calls += 1
         if self.room is None:
             raise OSError(errno.EOPNOTSUPP, '')
-        if length > self.room:
+        self.assertEqual(self.reserved, offset)
+        if offset + length > self.room:
             raise OSError(errno.EDQUOT, '')
-        self.reserved = length
+        self.reserved = offset + length
 
     def files(self, capacity: int = CAPACITY) -> scratch.Files:
         made = scratch.made(self.staging, {'vda': capacity})
@@ -81,7 +82,19 @@ class TestReserve(ScratchTestCase):
         files = self.files()
         self.written(10 * MIB)
         files.reserve_ahead()
-        self.assertEqual(138 * MIB, self.reserved)
+        self.assertEqual(160 * MIB, self.reserved)
+        self.written(90 * MIB)
+        files.reserve_ahead()
+        self.assertEqual(250 * MIB, self.reserved)
+
+    def test_reserve_is_not_made_up_in_small_change(self) -> None:
+        files = self.files()
+        self.calls = 0
+        for size in range(1, 33):
+            self.written(size * MIB)
+            files.reserve_ahead()
+        self.assertEqual(1, self.calls)
+        self.assertEqual(160 * MIB, self.reserved)
 
     def test_reserve_is_twice_what_was_written_between_two_looks(
             self) -> None:
@@ -91,7 +104,7 @@ class TestReserve(ScratchTestCase):
         self.assertEqual(300 * MIB, self.reserved)
         self.written(101 * MIB)
         files.reserve_ahead()
-        self.assertEqual(301 * MIB, self.reserved)
+        self.assertEqual(332 * MIB, self.reserved)
 
     def test_no_more_is_reserved_than_can_be_filled(self) -> None:
         most = scratch.most_bytes(200 * MIB)
@@ -135,16 +148,17 @@ class TestAllocate(base.TestCase):
     def test_blocks_come_and_the_size_stays(self) -> None:
         path = self.new_file('scratch', b'data')
         with open(path, 'r+b') as file:
-            scratch._allocate(file.fileno(), MIB)
+            for offset in 0, MIB:
+                scratch._allocate(file.fileno(), offset, MIB)
         status = os.stat(path)
         self.assertEqual(4, status.st_size)
-        self.assertLessEqual(MIB, status.st_blocks * 512)
+        self.assertLessEqual(2 * MIB, status.st_blocks * 512)
 
     def test_what_is_not_possible_is_an_error(self) -> None:
         path = self.new_file('scratch')
         with open(path, 'rb') as file:
             error = self.assertRaises(
-                OSError, scratch._allocate, file.fileno(), MIB)
+                OSError, scratch._allocate, file.fileno(), 0, MIB)
         self.assertEqual(errno.EBADF, error.errno)
 
 
@@ -152,7 +166,7 @@ class TestWatch(ScratchTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.watch = scratch.Watch(self.guest, self.files())
+        self.watch = scratch.Watch(self.guest, self.files(), '/ours')
 
     def pause(self, reason: int) -> None:
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, reason]
@@ -182,6 +196,23 @@ class TestWatch(ScratchTestCase):
         self.assertTrue(self.watch.look())
         self.assertEqual([], self.journal)
 
+    def test_job_of_another_is_left_alone(self) -> None:
+        self.domain.backup = JOB.replace('/ours', '/theirs')
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+        self.assertTrue(self.watch.look())
+        self.room = 137 * MIB
+        self.written(10 * MIB)
+        self.assertFalse(self.watch.look())
+        self.assertEqual([], self.journal)
+        self.assertIsNotNone(self.watch.why_lost())
+
+    def test_guest_that_was_paused_before_the_job_is_left_alone(
+            self) -> None:
+        self.domain.backup = None
+        self.pause(libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+        self.assertTrue(self.watch.look())
+        self.assertEqual([], self.journal)
+
 
 class TestWatching(ScratchTestCase):
 
@@ -192,7 +223,8 @@ class TestWatching(ScratchTestCase):
         self.domain.errors['state'] = fakes.libvirt_error(
             libvirt.VIR_ERR_NO_CONNECT)
         logged = self.useFixture(fixtures.FakeLogger())
-        with scratch.watching(self.guest, self.files()) as watch:
+        with scratch.watching(self.guest, self.files(),
+                              '/ours') as watch:
             self.wait()
             self.domain.errors.clear()
             self.room = 0
@@ -205,6 +237,6 @@ class TestWatching(ScratchTestCase):
     def test_guest_that_is_gone_needs_no_watch(self) -> None:
         self.domain.gone()
         logged = self.useFixture(fixtures.FakeLogger())
-        with scratch.watching(self.guest, self.files()):
+        with scratch.watching(self.guest, self.files(), '/ours'):
             self.wait()
         self.assertEqual('', logged.output)
