@@ -60,6 +60,9 @@ _DETACH_TIMEOUT_S = 20.0
 _JOB_END_TIMEOUT_S = 30.0
 # How often libvirt is asked to end one, at most.
 _ASK_AGAIN_S = 1.0
+# What QEMU says of a guest that was started paused, and of none that was
+# migrated from here or to here (postmigrate, finish-migrate, inmigrate).
+_RESTORED = ('paused', 'prelaunch')
 # Of virDomainBlockStatsFlags: numbers, and nanoseconds.
 _COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
               libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_REQ,
@@ -642,6 +645,7 @@ class Guest:
         bdrv_co_write_req_prepare). Before, they were active at once.
 
         :raises SnapshotError: if they may be another host's, by a migration
+            that is under way or was ended
         """
         if self.state() is not State.PAUSED:
             return
@@ -653,6 +657,11 @@ class Guest:
             raise exception.SnapshotError(
                 f'The disks of {self.name} are inactive while a job is under '
                 f'way')
+        status = self.monitor('query-status')['status']
+        if status not in _RESTORED:
+            raise exception.SnapshotError(
+                f'The disks of {self.name} are inactive, and it is {status}: '
+                f'they may be in use on another host')
         self.monitor('blockdev-set-active', active=True)
 
 

@@ -25,6 +25,7 @@ from oslo_log import log as logging
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import power
+from nova_snapshot_ext import processes
 from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import undo
 
@@ -58,11 +59,16 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
                              name: str) -> None:
     """Delete it, by QEMU's monitor or qemu-img, and see that it is gone.
 
+    What a dead owner left at making or deleting it is ended first: it could
+    still make it when it was looked for.
+
     The disk of a guest that is gone is left alone: it may be deleted at this
     moment, or another host's by now.
 
     :raises SnapshotError: if it is still there
     """
+    if around.owner_died:
+        processes.end(name, 'qemu-img')
     for _ in range(5):
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.

@@ -387,6 +387,7 @@ class TestInactiveDisks(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.active: dict[str, bool] = {'active': False}
+        self.status = 'paused'
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 0]
         self.patch_name('libvirt_qemu.qemuMonitorCommand', self.monitor)
 
@@ -394,6 +395,8 @@ class TestInactiveDisks(base.TestCase):
         command = json.loads(request)
         if command['execute'] == 'query-named-block-nodes':
             return json.dumps({'return': [{'node-name': 'n', **self.active}]})
+        if command['execute'] == 'query-status':
+            return json.dumps({'return': {'status': self.status}})
         self.journal.append(request)
         return '{"return": {}}'
 
@@ -402,6 +405,13 @@ class TestInactiveDisks(base.TestCase):
         self.assertEqual(
             ['{"execute": "blockdev-set-active", '
              '"arguments": {"active": true}}'], self.journal)
+
+    def test_disks_that_may_be_another_hosts_are_left_alone(self) -> None:
+        for self.status in 'postmigrate', 'finish-migrate', 'inmigrate':
+            self.assertRaisesRegex(
+                exception.SnapshotError, f'it is {self.status}: they may be',
+                self.guest.activate_disks)
+        self.assertEqual([], self.journal)
 
     def test_active_disks_are_left_alone(self) -> None:
         for self.active in {'active': True}, {}:

@@ -35,10 +35,26 @@ class TestDelete(base.TestCase):
         self.qemu_img.path = self.path
         self.qemu_img.snapshots = ['mine', 'theirs']
 
-    def delete(self, guest: object = 0) -> None:
+    def delete(self, guest: object = 0, owner_died: bool = False) -> None:
         internal_snapshot.delete_internal_snapshot(
-            undo.Surroundings(self.guest if guest == 0 else None, self.host),
+            undo.Surroundings(self.guest if guest == 0 else None, self.host,
+                              owner_died=owner_died),
             path=self.path, name='mine')
+
+    def test_qemu_img_of_a_dead_owner_is_ended_before_it_is_looked(
+            self) -> None:
+        # It makes the snapshot in the moment of its end.
+        self.qemu_img.snapshots.remove('mine')
+        self.domain.off()
+
+        def end(argument: str, what: str) -> None:
+            self.journal.append(f'end {argument}')
+            self.qemu_img.snapshots.append(argument)
+        self.patch_name('nova_snapshot_ext.processes.end', end)
+        self.delete()
+        self.assertEqual([], self.journal)
+        self.delete(owner_died=True)
+        self.assertEqual(['end mine', 'qemu-img snapshot -d'], self.journal)
 
     def test_running_guests_is_deleted_by_qemu(self) -> None:
         self.delete()
