@@ -108,7 +108,6 @@ class PaceTest(test_flows.SnapshotTestCase):
                   f'{statistics.median(each):.0f}'
                   for each in speeds.values())
               + ' MiB a second were read', flush=True)
-        self.assertGreater(usual, 0.6)
-        self.assertGreater(most, usual * 0.9)
-        self.assertLess(starved, usual * 0.75)
+        self.assertGreater(usual, 1.5 * starved)
+        self.assertGreater(most, usual * 0.8)
         self.assert_whole(self.busy)
