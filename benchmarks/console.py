@@ -57,12 +57,15 @@ class Parser:
 
 def rounds_between(moments: collections.abc.Sequence[Moment],
                    begin: float, end: float) -> int:
-    """How far the counter came between two times."""
+    """How far the counter came between two times.
+
+    Where none was seen before the first, from the first that was seen on.
+    """
     before = [moment.counter for moment in moments if moment.at <= begin]
     until = [moment.counter for moment in moments if moment.at <= end]
     if not until:
         return 0
-    return until[-1] - (before[-1] if before else 0)
+    return until[-1] - (before[-1] if before else moments[0].counter)
 
 
 def longest_silence(moments: collections.abc.Sequence[Moment],

@@ -93,6 +93,8 @@ class TestConsole(base.TestCase):
         self.assertEqual(21, console.rounds_between(moments, 1.5, 3.5))
         self.assertEqual(0, console.rounds_between(moments, 3.1, 3.9))
         self.assertEqual(0, console.rounds_between([], 0, 9))
+        # What a guest had counted before it was watched is none of its pace.
+        self.assertEqual(21, console.rounds_between(moments, 0.5, 3.5))
 
     def test_longest_silence_reaches_over_the_edges(self) -> None:
         moments = self.moments((1, 1), (1.5, 2), (4, 3), (4.5, 4))
