@@ -124,8 +124,7 @@ def _take(options: argparse.Namespace) -> int:
     path = options.output or RESULTS / (
         f'{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M}.json')
     taken = results.load(path) if path.exists() else results.Results()
-    taken.about = about.describe(
-        {**dataclasses.asdict(parameters), 'package': str(package)})
+    taken.about = about.describe(dataclasses.asdict(parameters))
     try:
         run = taking.Run(parameters, taken, path)
     except ValueError as error:
