@@ -120,9 +120,10 @@ How much of its speed a guest's disk keeps while the transfer ``streamed``
 reads it, in per cent.
 
 libvirt's block statistics say for which part of the time the guest waits for
-its disk. Of that part this share is left to the guest alone: nothing is read
-then. A guest that does nothing costs the snapshot nothing. The mover gives way
-on the processors too.
+its disk. A guest that waits for longer than it may lose has the disk for
+itself for this share of the time: nothing is read then. One that waits less
+has less, and one that does nothing costs the snapshot nothing. The mover gives
+way on the processors too.
 
 Possible values:
 
