@@ -25,7 +25,7 @@ to standard error, each line a JSON object:
 Lines that are no JSON are the words of a crash. The exit code is 0 after a
 complete image only.
 
-Standard input is the control pipe. Each line that comes is a JSON object:
+Standard input is the control socket. Each line that comes is a JSON object:
 
 ``{"begin": "sha512"}``
     write the image, and hash it so; null for no hash. It waits for this when
@@ -186,7 +186,7 @@ def _say(**words: object) -> None:
 
 def _obey(tempo: tempos.Tempo,
           begun: 'queue.SimpleQueue[str | None]') -> None:
-    """Do what comes by the control pipe, until nobody wants the image."""
+    """Do what comes by the control socket, until nobody wants the image."""
     poll = select.poll()
     poll.register(sys.stdin.fileno(), select.POLLIN)
     # An error is reported unasked: nobody can read the pipe (poll(2)).
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
                         help='bytes a second that are read at most')
     parser.add_argument('--rest', type=float, default=0,
                         help='part of the time in which the disk is left '
-                             'alone until the control pipe says otherwise')
+                             'alone until the control socket says otherwise')
     parser.add_argument('--patience', type=_positive, default=300,
                         help='seconds in which the server must show a sign '
                              'of life')

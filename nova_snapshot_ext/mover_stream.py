@@ -16,7 +16,9 @@ What is read is the whole image or ends in an error: the last bytes are given
 only when the mover has ended in good order and said the same number of bytes.
 
 Pipes are read by os.read(): in threads it blocks the thread alone, and under
-eventlet it is a green one that lets other greenlets run meanwhile.
+eventlet it is a green one that lets other greenlets run meanwhile. Nothing is
+written to a pipe: eventlet's os.write() goes on for ever when nobody reads it
+any more (eventlet.green.os, EPIPE).
 """
 
 import collections.abc
@@ -25,6 +27,7 @@ import fcntl
 import io
 import json
 import os
+import socket
 import subprocess
 import threading
 import typing
@@ -113,11 +116,15 @@ class MoverStream(io.RawIOBase):
         self.digest: str | None = None
         self._words = ''
         self._open: list[int] = []
-        # Of what is open: another thread may write while it is closed.
+        self._control, control = socket.socketpair()
+        # A mover that is stopped holds nobody up.
+        self._control.setblocking(False)
+        # Another thread may tell it something while it is closed.
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._start(arguments, discard)
+            with control:
+                self._start(arguments, discard, control)
         except BaseException:
             self.close()
             raise
@@ -134,13 +141,11 @@ class MoverStream(io.RawIOBase):
             raise
 
     def _start(self, arguments: collections.abc.Sequence[str],
-               discard: bool) -> None:
+               discard: bool, control: socket.socket) -> None:
         # Pipes of our own, as eventlet would put objects of its own around
         # those of subprocess.
-        control, self._control = self._pipe()
         self._image, image = self._pipe()
         self._status, status = self._pipe()
-        theirs = [control, image, status]
         with contextlib.suppress(OSError):
             # The user's share of pipe pages is used up: slower, no error.
             fcntl.fcntl(self._image, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -153,7 +158,7 @@ class MoverStream(io.RawIOBase):
             raise exception.TransferFailed(
                 f'{arguments[0]} can not be run: {error}') from error
         finally:
-            for descriptor in theirs:
+            for descriptor in (image, status):
                 self._open.remove(descriptor)
                 os.close(descriptor)
 
@@ -183,8 +188,7 @@ class MoverStream(io.RawIOBase):
         line = json.dumps(words).encode() + b'\n'
         # It may have ended, well or not: that is for the reader to find.
         with self._lock, contextlib.suppress(OSError):
-            if self._control in self._open:
-                os.write(self._control, line)
+            self._control.send(line)
 
     def read(self, size: int = -1) -> bytes:
         """Some bytes, at most so many; none at the end only.
@@ -265,12 +269,13 @@ class MoverStream(io.RawIOBase):
             return
         super().close()
         with self._lock:
-            for descriptor in self._open:
-                os.close(descriptor)
-            self._open.clear()
+            self._control.close()
+        for descriptor in self._open:
+            os.close(descriptor)
+        self._open.clear()
         if self._process is None:
             return
-        # It ends by itself: its control pipe is closed.
+        # It ends by itself: its control socket is closed.
         if not processes.ends_within(self._process, _END_TIMEOUT_S):
             self._process.kill()
             self._process.wait()

@@ -16,6 +16,7 @@ import http.server
 import io
 import json
 import threading
+import time
 import typing
 
 import keystoneauth1.plugin
@@ -358,6 +359,8 @@ class TestUpload(GlanceTestCase):
 
             def progress(done: int, total: int) -> None:
                 if done >= 2 * 1024 ** 2:
+                    while self.stored['status'] != 'saving':
+                        time.sleep(0.01)
                     raise exception.GuestGone('deleted')
             self.assertRaises(exception.GuestGone, self.publish,
                               image_id, progress=progress)
