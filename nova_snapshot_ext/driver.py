@@ -27,7 +27,6 @@ from nova import context as nova_context
 from nova import exception as nova_exception
 from nova.image import glance as nova_glance
 from nova import objects
-import nova.privsep.path
 from nova import service_auth
 from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
@@ -42,6 +41,7 @@ from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import plugins
+from nova_snapshot_ext import privileged
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
@@ -85,8 +85,14 @@ class NovaHost:
         self._driver = driver
         self._instance = instance
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
-        nova.privsep.path.chown(path, uid=uid, gid=gid)
+    def let_group_pass(self, path: str, gid: int) -> None:
+        privileged.let_group_pass(path, gid)
+
+    def take_socket(self, path: str) -> None:
+        privileged.take_socket(path)
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
+        privileged.give_disk(path, uid, gid)
 
     @contextlib.contextmanager
     def may_start(self) -> collections.abc.Iterator[bool]:

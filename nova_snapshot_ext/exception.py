@@ -61,6 +61,17 @@ class UnsafeDisk(SnapshotError):
     """A disk's file refers to what its guest must not reach."""
 
 
+class NotOurs(SnapshotError):
+    """An owner was not changed: what has it is not what it should be."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)
+
+    def __str__(self) -> str:
+        path, why = self.args
+        return f'The owner of {path} is not changed: {why}'
+
+
 class GuestGone(SnapshotError):
     """The domain does not exist (any more)."""
 

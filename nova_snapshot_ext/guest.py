@@ -23,6 +23,7 @@ import enum
 import grp
 import json
 import os
+import pwd
 import time
 import typing
 from xml.etree import ElementTree
@@ -322,17 +323,22 @@ class Guest:
             sum(found.get(name, 0) for name in _COMPLETED),
             sum(found.get(name, 0) for name in _TOOK_NS) / 1e9)
 
+    def qemu_uid(self) -> int | None:
+        """The user that its QEMU runs as, None if that has no number here."""
+        user = self._dac_label().partition(':')[0].lstrip('+')
+        if user.isdecimal():
+            return int(user)
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            return None
+
     def qemu_gid(self) -> int | None:
         """The group that its QEMU runs as, None while it does not run.
 
-        libvirt's DAC label is ``+uid:+gid``, or has names where an operator
-        wrote it (https://libvirt.org/formatdomain.html, seclabel). A number
-        is right also where libvirtd runs in another container.
-
         :raises FreezeFailed: if it is a name that is not known here
         """
-        label = self.description().findtext(
-            './seclabel[@model="dac"]/label')
+        label = self._dac_label()
         if not label:
             return None
         group = label.rpartition(':')[2]
@@ -344,6 +350,15 @@ class Guest:
             raise exception.FreezeFailed(
                 f'QEMU of {self.name} runs as the group {group}, which does '
                 f'not exist here') from error
+
+    def _dac_label(self) -> str:
+        """libvirt's DAC label: ``+uid:+gid``, or with names where an operator
+        wrote it (https://libvirt.org/formatdomain.html, seclabel).
+
+        A number is right also where libvirtd runs in another container.
+        """
+        return self.description().findtext(
+            './seclabel[@model="dac"]/label') or ''
 
     # Its jobs
 

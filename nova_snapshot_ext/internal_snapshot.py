@@ -17,6 +17,7 @@ gone.
 """
 
 import os
+import re
 import time
 import uuid
 
@@ -31,6 +32,7 @@ from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 
+_NAME = re.compile('snapshot-ext-[0-9a-f]{32}')
 # A snapshot counts every cluster anew, while the guest is stopped. QEMU's own
 # caches hold the tables of 256 GiB; these hold those of 1 TiB in use, and
 # take memory only as they fill.
@@ -65,8 +67,11 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
     The disk of a guest that is gone is left alone: it may be deleted at this
     moment, or another host's by now.
 
+    :param name: as :func:`make` gives them
     :raises SnapshotError: if it is still there
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'{name} is not a snapshot of ours')
     if around.owner_died:
         processes.end(name, 'qemu-img')
     for _ in range(5):
@@ -121,11 +126,11 @@ def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
     if borrowed:
         # libvirt gives the disk of a stopped guest to root where it could
         # not remember whose it was.
-        around.host.chown(os.path.realpath(path), os.getuid(), -1)
+        around.host.give_disk(os.path.realpath(path), os.getuid(), -1)
     try:
         qemu_img.run('snapshot', action, name, disks_.json_name(
             disks_.layer_options(disks_.Layer(path, 'qcow2'))
             | _TABLE_CACHES))
     finally:
         if borrowed:
-            around.host.chown(os.path.realpath(path), status.st_uid, -1)
+            around.host.give_disk(os.path.realpath(path), status.st_uid, -1)

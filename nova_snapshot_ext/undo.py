@@ -37,6 +37,7 @@ from oslo_log import log as logging
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import rights
 
 LOG = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         :raises GuestBusy: if another snapshot of the guest is in flight, or
             the way back of a dead one is not finished
         """
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        # Sockets may be made below it, which QEMU passes to.
+        rights.make_passable(directory)
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = _open_locked(path, os.O_CREAT, guest.name)
         try:

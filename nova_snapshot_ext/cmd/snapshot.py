@@ -37,6 +37,7 @@ from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rights
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 
@@ -214,9 +215,7 @@ def _state_directory() -> str:
         path = os.path.join(nova, 'snapshot-ext')
         if not os.path.isdir(path):
             # Whoever makes it first, it is Nova's.
-            owner = os.stat(nova)
-            os.mkdir(path, mode=0o700)
-            os.chown(path, owner.st_uid, owner.st_gid)
+            rights.make_owners(path)
         return path
     if os.geteuid() == 0:
         return '/var/lib/nova-snapshot-ext'

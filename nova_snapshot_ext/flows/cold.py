@@ -41,11 +41,23 @@ def restore_owner(around: undo.Surroundings, path: str, uid: int,
     """Give a disk back to whom it belonged, unless its guest runs.
 
     libvirt owns the disks of a running guest; those of a guest that is gone
-    may be another host's by now.
+    may be another host's by now, and what is no disk of the guest any more
+    another guest's.
     """
-    if not power.is_gone(around) and power.running_guest(around) is None and (
-            os.path.exists(path)):
-        around.host.chown(path, uid, gid)
+    if power.is_gone(around) or power.running_guest(around) is not None or (
+            not os.path.exists(path)):
+        return
+    assert around.guest is not None
+    if path in _devices(around.guest):
+        around.host.give_disk(path, uid, gid)
+
+
+def _devices(guest: guests.Guest) -> set[str]:
+    """The block devices that a guest's disks are made of."""
+    return {os.path.realpath(layer.path)
+            for disk in guest.disks() for layer in (
+                disks_.Layer(disk.path, disk.format, disk.block),
+                *(disk.backing or ())) if layer.block}
 
 
 class ColdFlow(base.Flow):
@@ -187,4 +199,4 @@ class _Source:
         status = os.stat(path)
         log.push(restore_owner, path=path, uid=status.st_uid,
                  gid=status.st_gid)
-        log.surroundings.host.chown(path, os.getuid(), -1)
+        log.surroundings.host.give_disk(path, os.getuid(), -1)

@@ -15,6 +15,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 
@@ -27,9 +28,14 @@ from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
 
 
+_PART = re.compile(r'\.[0-9a-f]{16}(\.json)?')
+
+
 @undo.step
 def remove_part(around: undo.Surroundings, path: str) -> None:
     """Remove what was written under a temporary name."""
+    if not _PART.fullmatch(os.path.basename(path)):
+        raise ValueError(f'{path} is not a file of ours')
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 

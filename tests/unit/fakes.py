@@ -17,6 +17,7 @@ They keep one journal, so that a test can tell what came before what.
 
 import collections.abc
 import contextlib
+import os
 import socket
 import typing
 from xml.etree import ElementTree
@@ -24,6 +25,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import rights
 
 UUID = '5ee7e4f9-6b1f-4d8a-8d7e-0a1b2c3d4e5f'
 URI = 'fake:///system'
@@ -290,7 +292,14 @@ class FakeHost:
         self.journal = journal
         self.allowed = True
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
+    def let_group_pass(self, path: str, gid: int) -> None:
+        self.journal.append(f'chown {path} -1 {gid}')
+
+    def take_socket(self, path: str) -> None:
+        self.journal.append(f'chown {path} {os.getuid()} -1')
+        rights.take_socket(path)
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
         self.journal.append(f'chown {path} {uid} {gid}')
 
     @contextlib.contextmanager

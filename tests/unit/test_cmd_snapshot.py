@@ -344,12 +344,10 @@ class TestStateDirectory(base.TestCase):
         self.patch_name('os.path.isdir', lambda path: False)
         self.patch_name('os.stat', lambda path: os.stat_result(
             (0, 0, 0, 0, 42, 43, 0, 0, 0, 0)))
-        self.patch_name('os.mkdir', lambda path, mode: made.append(
-            (path, mode)))
-        self.patch_name('os.chown', lambda *owner: made.append(owner))
+        self.patch_name('nova_snapshot_ext.rights.make_owners', made.append)
         path = '/var/lib/nova/snapshot-ext'
         self.assertEqual(path, cmd._state_directory())
-        self.assertEqual([(path, 0o700), (path, 42, 43)], made)
+        self.assertEqual([path], made)
 
 
 class TestDestination(CommandTestCase):

@@ -332,10 +332,19 @@ class TestRestoreOwner(ColdTestCase):
 
     def test_owner_is_given_back_if_the_device_is_there(self) -> None:
         self.domain.off()
+        self.domain.disks = (
+            fakes.disk_xml(self.path, kind='block')
+            + fakes.disk_xml('/none', kind='block', target='vdb'))
         cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
         cold.restore_owner(self.around, path='/none', uid=1, gid=2)
         self.assertEqual([f'chown {self.path} 1 2'], self.journal)
 
+    def test_what_is_no_device_of_the_guest_is_left_alone(self) -> None:
+        self.domain.off()
+        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
+        self.assertEqual([], self.journal)
+
     def test_libvirt_owns_the_disks_of_a_running_guest(self) -> None:
+        self.domain.disks = fakes.disk_xml(self.path, kind='block')
         cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
         self.assertEqual([], self.journal)

@@ -849,8 +849,15 @@ class TestNovaHost(DriverTestCase):
 
     def test_owner_is_changed_by_novas_privileges(self) -> None:
         changed: list[object] = []
-        self.patch_name(
-            'nova.privsep.path.chown',
-            lambda path, uid, gid: changed.append((path, uid, gid)))
-        driver.NovaHost(self.driver, self.instance).chown('/d', 1, 2)
-        self.assertEqual([('/d', 1, 2)], changed)
+        for name in ('let_group_pass', 'take_socket', 'give_disk'):
+            self.patch_name(
+                f'nova_snapshot_ext.privileged.{name}',
+                lambda *arguments, name=name: changed.append(
+                    (name, *arguments)))
+        host = driver.NovaHost(self.driver, self.instance)
+        host.let_group_pass('/d', 2)
+        host.take_socket('/s')
+        host.give_disk('/d', 1, 2)
+        self.assertEqual(
+            [('let_group_pass', '/d', 2), ('take_socket', '/s'),
+             ('give_disk', '/d', 1, 2)], changed)

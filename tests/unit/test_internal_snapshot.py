@@ -22,6 +22,9 @@ from tests.unit import base
 from tests.unit import doubles
 
 
+MINE = 'snapshot-ext-' + 32 * 'a'
+
+
 class TestDelete(base.TestCase):
 
     def setUp(self) -> None:
@@ -33,18 +36,18 @@ class TestDelete(base.TestCase):
         self.patch_name('libvirt_qemu.qemuMonitorCommand',
                         self.qemu_img.monitor)
         self.qemu_img.path = self.path
-        self.qemu_img.snapshots = ['mine', 'theirs']
+        self.qemu_img.snapshots = [MINE, 'theirs']
 
     def delete(self, guest: object = 0, owner_died: bool = False) -> None:
         internal_snapshot.delete_internal_snapshot(
             undo.Surroundings(self.guest if guest == 0 else None, self.host,
                               owner_died=owner_died),
-            path=self.path, name='mine')
+            path=self.path, name=MINE)
 
     def test_qemu_img_of_a_dead_owner_is_ended_before_it_is_looked(
             self) -> None:
         # It makes the snapshot in the moment of its end.
-        self.qemu_img.snapshots.remove('mine')
+        self.qemu_img.snapshots.remove(MINE)
         self.domain.off()
 
         def end(argument: str, what: str) -> None:
@@ -54,7 +57,7 @@ class TestDelete(base.TestCase):
         self.delete()
         self.assertEqual([], self.journal)
         self.delete(owner_died=True)
-        self.assertEqual(['end mine', 'qemu-img snapshot -d'], self.journal)
+        self.assertEqual([f'end {MINE}', 'qemu-img snapshot -d'], self.journal)
 
     def test_running_guests_is_deleted_by_qemu(self) -> None:
         self.delete()
@@ -80,7 +83,7 @@ class TestDelete(base.TestCase):
 
     def test_file_of_a_guest_that_is_gone_is_left_alone(self) -> None:
         self.delete(None)
-        self.assertEqual(['mine', 'theirs'], self.qemu_img.snapshots)
+        self.assertEqual([MINE, 'theirs'], self.qemu_img.snapshots)
 
     def test_file_that_is_gone_has_none(self) -> None:
         os.unlink(self.path)
@@ -102,3 +105,11 @@ class TestDelete(base.TestCase):
         self.qemu_img.fails.add('monitor')
         self.delete()
         self.assertEqual(['theirs'], self.qemu_img.snapshots)
+
+    def test_nothing_else_is_deleted_or_ended(self) -> None:
+        around = undo.Surroundings(self.guest, self.host, owner_died=True)
+        for name in ('theirs', '-D', MINE + '0', ''):
+            self.assertRaises(
+                ValueError, internal_snapshot.delete_internal_snapshot,
+                around, path=self.path, name=name)
+        self.assertEqual([], self.journal)
