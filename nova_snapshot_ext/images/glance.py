@@ -18,6 +18,8 @@ The exact size is announced before the first byte (Image API v2, PUT
 """
 
 import contextlib
+import hashlib
+import re
 import time
 import typing
 
@@ -48,6 +50,11 @@ _CHECK: dict[str, typing.Any] = {
     'connect_retries': 0,
     'status_code_retries': 0,
 }
+#: bytes of an answer; an image's document has some KiB
+_MOST_ANSWER = 4 * 1024 ** 2
+#: seconds that its body may take once it has begun
+_ANSWER_TIMEOUT_S = 60.0
+_ID = re.compile('[0-9A-Za-z-]{1,64}')
 _DELETED = ('deleted', 'pending_delete')
 #: what Glance hashes by if it is not told otherwise (hashing_algorithm)
 _USUAL_HASH = 'sha512'
@@ -136,11 +143,13 @@ class GlanceService(base.ImageService):
 
     def _create(self, description: base.Description) -> str:
         with _translated('a new image'):
-            response = self._request('POST', '/images', json={
+            image_id = _image_of(self._request('POST', '/images', json={
                 'name': description.name,
                 'disk_format': description.disk_format,
-                'container_format': description.container_format})
-        image_id: str = response.json()['id']
+                'container_format': description.container_format})).get('id')
+        if not (isinstance(image_id, str) and _ID.fullmatch(image_id)):
+            raise exception.ImageServiceError(
+                f'Glance made an image with the id {_short(image_id)}')
         return image_id
 
     def _describe(self, image_id: str,
@@ -243,10 +252,11 @@ class GlanceService(base.ImageService):
             LOG.warning('Whether image %s is active with a part of its bytes '
                         'is not known: %s', image_id, error)
             return
-        if stored['status'] == 'active' and stored['size'] not in announced:
+        if stored['status'] == 'active' and (
+                stored.get('size') not in announced):
             LOG.warning(
                 'Image %s is active with %s bytes of %d; it is deleted',
-                image_id, stored['size'], announced[-1])
+                image_id, _short(stored.get('size')), announced[-1])
             self._delete(image_id)
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
@@ -259,27 +269,34 @@ class GlanceService(base.ImageService):
             for attempt in attempts:
                 with attempt:
                     stored = self._get(image_id)
-        if stored['status'] != 'active' or stored['size'] != length:
+        size = stored.get('size')
+        # In Python, True is 1.
+        if stored['status'] != 'active' or type(size) is not int or (
+                size != length):
             raise exception.ImageDiffers(
-                f'Image {image_id} is {stored["status"]} with '
-                f'{stored["size"]} bytes; {length} were sent')
+                f'Image {image_id} is {_short(stored["status"])} with '
+                f'{_short(size)} bytes; {length} were sent')
         if not verify_hash:
             return
         algorithm = stored.get('os_hash_algo')
         if not algorithm:
             raise exception.ImageDiffers(
                 f'Glance gives no hash of image {image_id} to compare')
+        if not _is_hash(algorithm):
+            raise exception.ImageDiffers(
+                f'Glance gives a hash of image {image_id} that is not known '
+                f'here: {_short(algorithm)}')
         expected = image.digest(algorithm)
         if stored.get('os_hash_value') != expected:
             raise exception.ImageDiffers(
                 f'Image {image_id} has the {algorithm} '
-                f'{stored.get("os_hash_value")}, and {expected} was sent')
+                f'{_short(stored.get("os_hash_value"))}, and {expected} was '
+                f'sent')
 
     def _get(self, image_id: str,
              **arguments: typing.Any) -> dict[str, typing.Any]:
-        found: dict[str, typing.Any] = self._request(
-            'GET', f'/images/{image_id}', **arguments).json()
-        return found
+        return _image_of(
+            self._request('GET', f'/images/{image_id}', **arguments))
 
     def _delete(self, image_id: str) -> None:
         self._wanted = None
@@ -296,7 +313,9 @@ class GlanceService(base.ImageService):
         """One request through the SDK's proxy: its auth, its session, its
         time-outs; errors as the SDK raises them.
         """
-        response = self._glance.request(path, method, **arguments)
+        response = self._glance.request(
+            path, method, stream=True, **arguments)
+        _take_answer(response)
         sdk_exceptions.raise_from_response(response)
         return response
 
@@ -356,6 +375,55 @@ def _translated(what: str) -> typing.Iterator[None]:
             keystone_exceptions.ClientException) as error:
         raise exception.ImageServiceUnreachable(
             f'Glance can not be used for {what}: {error}') from error
+
+
+def _take_answer(response: http.Response) -> None:
+    """Read the body of an answer, as far as one of Glance's can go.
+
+    :raises ImageServiceError: if there is more, or it does not end
+    """
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    content = bytearray()
+    for chunk in response.iter_content(64 * 1024):
+        content += chunk
+        if len(content) > _MOST_ANSWER or time.monotonic() > deadline:
+            response.close()
+            raise exception.ImageServiceError(
+                f'Glance gives an answer of more than {_MOST_ANSWER} bytes, '
+                f'or for more than {_ANSWER_TIMEOUT_S:.0f} s')
+    # Where requests itself keeps what it has read of a stream.
+    response._content = bytes(content)
+
+
+def _image_of(response: http.Response) -> dict[str, typing.Any]:
+    """The image that an answer describes.
+
+    :raises ImageServiceError: if it describes none
+    """
+    try:
+        found = response.json()
+    except (ValueError, RecursionError) as error:
+        raise exception.ImageServiceError(
+            f'Glance gives an answer that is not JSON: '
+            f'{_short(response.text)}') from error
+    if not (isinstance(found, dict) and isinstance(
+            found.get('status'), str)):
+        raise exception.ImageServiceError(
+            f'Glance gives an answer that is no image: {_short(found)}')
+    return found
+
+
+def _is_hash(algorithm: object) -> bool:
+    # Those called shake need a length.
+    return (isinstance(algorithm, str)
+            and algorithm in hashlib.algorithms_available
+            and not algorithm.startswith('shake'))
+
+
+def _short(value: object) -> str:
+    """What may be anything, for a message."""
+    words = str(value)
+    return words if len(words) <= 200 else f'{words[:200]} …'
 
 
 def _first_line(error: sdk_exceptions.HttpException) -> str:
