@@ -13,6 +13,14 @@
 """The errors of this package, one small family."""
 
 
+def shown(value: object) -> str:
+    """What others wrote, fit for a line of a message or a log."""
+    words = str(value)
+    if not words.isprintable():
+        words = words.encode('unicode_escape').decode()
+    return words if len(words) <= 200 else f'{words[:200]} …'
+
+
 class SnapshotError(Exception):
     """A snapshot could not be taken; the message says why, and what helps."""
 
@@ -26,7 +34,7 @@ class InvalidSetting(SnapshotError):
         :param value: what was given
         :param allowed: what may be given instead
         """
-        super().__init__(f'{setting} = {value!s} is not valid: {allowed}')
+        super().__init__(f'{setting} = {shown(value)} is not valid: {allowed}')
 
 
 class NoFlowServes(SnapshotError):

@@ -24,6 +24,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import time
 import typing
 from xml.etree import ElementTree
@@ -55,6 +56,8 @@ _UNSAVABLE = {
     './devices/tpm/backend[@type="passthrough"]': "the host's TPM",
     './launchSecurity': 'encrypted memory',
 }
+# As long as a socket's path has room for.
+_TARGET = re.compile('[A-Za-z0-9]{1,12}')
 # Devices leave when the guest's kernel lets them go (ACPI, virDomain
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
@@ -294,12 +297,21 @@ class Guest:
     def root_disk(self) -> disk.Disk:
         """The first disk that is one: Nova's root disk is always the first.
 
-        :raises UnsafeDisk: if there is none
+        :raises UnsafeDisk: if there is none, or its name is no name
         """
-        for found in self.disks():
-            if found.device == 'disk':
-                return found
-        raise exception.UnsafeDisk(f'{self.name} has no disk')
+        disks = self.disks()
+        found = next((each for each in disks if each.device == 'disk'), None)
+        if found is None:
+            raise exception.UnsafeDisk(f'{self.name} has no disk')
+        # libvirt is told by it which disk is meant, and files are named so.
+        if not _TARGET.fullmatch(found.target):
+            raise exception.UnsafeDisk(
+                f'{self.name} has a disk with the name '
+                f'"{exception.shown(found.target)}"')
+        if [each.target for each in disks].count(found.target) > 1:
+            raise exception.UnsafeDisk(
+                f'{self.name} has several disks with the name {found.target}')
+        return found
 
     def capacity(self, target: str) -> int:
         """A disk's size in bytes, as the guest sees it."""
@@ -388,8 +400,10 @@ class Guest:
             info = self._domain.blockJobInfo(target, 0)
         if not info:
             return None
-        mirror = self.description().find(
-            f'./devices/disk/target[@dev="{target}"]/../mirror')
+        mirror = next(
+            (found for element in self.description().findall('./devices/disk')
+             if disk.target_of(element) == target
+             and (found := element.find('mirror')) is not None), None)
         if mirror is None:
             return BlockJob('', '', False)
         source = mirror.find('source')

@@ -79,6 +79,9 @@ _BROKEN = (
 )
 
 
+_shown = exception.shown
+
+
 class GlanceService(base.ImageService):
     """Fills an image that waits in Glance, or makes one."""
 
@@ -149,7 +152,7 @@ class GlanceService(base.ImageService):
                 'container_format': description.container_format})).get('id')
         if not (isinstance(image_id, str) and _ID.fullmatch(image_id)):
             raise exception.ImageServiceError(
-                f'Glance made an image with the id {_short(image_id)}')
+                f'Glance made an image with the id {_shown(image_id)}')
         return image_id
 
     def _describe(self, image_id: str,
@@ -256,7 +259,7 @@ class GlanceService(base.ImageService):
                 stored.get('size') not in announced):
             LOG.warning(
                 'Image %s is active with %s bytes of %d; it is deleted',
-                image_id, _short(stored.get('size')), announced[-1])
+                image_id, _shown(stored.get('size')), announced[-1])
             self._delete(image_id)
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
@@ -274,8 +277,8 @@ class GlanceService(base.ImageService):
         if stored['status'] != 'active' or type(size) is not int or (
                 size != length):
             raise exception.ImageDiffers(
-                f'Image {image_id} is {_short(stored["status"])} with '
-                f'{_short(size)} bytes; {length} were sent')
+                f'Image {image_id} is {_shown(stored["status"])} with '
+                f'{_shown(size)} bytes; {length} were sent')
         if not verify_hash:
             return
         algorithm = stored.get('os_hash_algo')
@@ -285,12 +288,12 @@ class GlanceService(base.ImageService):
         if not _is_hash(algorithm):
             raise exception.ImageDiffers(
                 f'Glance gives a hash of image {image_id} that is not known '
-                f'here: {_short(algorithm)}')
+                f'here: {_shown(algorithm)}')
         expected = image.digest(algorithm)
         if stored.get('os_hash_value') != expected:
             raise exception.ImageDiffers(
                 f'Image {image_id} has the {algorithm} '
-                f'{_short(stored.get("os_hash_value"))}, and {expected} was '
+                f'{_shown(stored.get("os_hash_value"))}, and {expected} was '
                 f'sent')
 
     def _get(self, image_id: str,
@@ -405,11 +408,11 @@ def _image_of(response: http.Response) -> dict[str, typing.Any]:
     except (ValueError, RecursionError) as error:
         raise exception.ImageServiceError(
             f'Glance gives an answer that is not JSON: '
-            f'{_short(response.text)}') from error
+            f'{_shown(response.text)}') from error
     if not (isinstance(found, dict) and isinstance(
             found.get('status'), str)):
         raise exception.ImageServiceError(
-            f'Glance gives an answer that is no image: {_short(found)}')
+            f'Glance gives an answer that is no image: {_shown(found)}')
     return found
 
 
@@ -418,12 +421,6 @@ def _is_hash(algorithm: object) -> bool:
     return (isinstance(algorithm, str)
             and algorithm in hashlib.algorithms_available
             and not algorithm.startswith('shake'))
-
-
-def _short(value: object) -> str:
-    """What may be anything, for a message."""
-    words = str(value)
-    return words if len(words) <= 200 else f'{words[:200]} …'
 
 
 def _first_line(error: sdk_exceptions.HttpException) -> str:
