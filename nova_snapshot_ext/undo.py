@@ -383,7 +383,10 @@ def read(path: str) -> Contents:
     """
     with open(path, 'rb') as file:
         lines = file.read().split(b'\n')[:-1]
-    records = [json.loads(line) for line in lines]
+    try:
+        records = [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(f'{path} is not an undo log') from error
     if not records:
         return Contents('', '', '', {})
     try:
@@ -397,13 +400,22 @@ def read(path: str) -> Contents:
             if record.get('done'):
                 pending.pop(record['entry'], None)
             else:
-                pending[record['entry']] = Pending(
-                    record['step'], record['arguments'],
-                    record.get('overdue'))
+                pending[_typed(record, 'entry', int)] = Pending(
+                    _typed(record, 'step', str),
+                    _typed(record, 'arguments', dict),
+                    record.get('overdue') and float(record['overdue']))
         return Contents(
-            head['uri'], head['domain'], head['boot_id'], pending)
-    except (KeyError, TypeError, AttributeError) as error:
+            _typed(head, 'uri', str), _typed(head, 'domain', str),
+            _typed(head, 'boot_id', str), pending)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f'{path} is not an undo log: {error}') from error
+
+
+def _typed(record: dict[str, typing.Any], name: str,
+           kind: type) -> typing.Any:
+    if type(record[name]) is not kind:
+        raise TypeError(f'{name} is {record[name]!r}')
+    return record[name]
 
 
 def logs_in(directory: str) -> list[str]:
