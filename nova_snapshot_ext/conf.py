@@ -150,10 +150,22 @@ transfer ``streamed``. The snapshot fails otherwise.
 Seconds in which Glance must take the next MiB of an image. The upload counts
 as broken otherwise.
 
-How long Glance may take to answer when it has all of them is not limited.
+Related options:
+
+* ``store_timeout``: for the answer when it has all of them
+* ``[glance] num_retries``: how often a broken upload is tried again
+"""),
+    cfg.IntOpt(
+        'store_timeout',
+        default=6 * 3600,
+        min=1,
+        help="""
+Seconds in which Glance must answer when it has all bytes of an image, and puts
+them where it keeps them. The upload counts as broken otherwise.
 
 Related options:
 
+* ``send_timeout``
 * ``[glance] num_retries``: how often a broken upload is tried again
 """),
     cfg.StrOpt(

@@ -33,6 +33,8 @@ from nova_snapshot_ext import undo
 LOG = logging.getLogger(__name__)
 
 _NAME = re.compile('snapshot-ext-[0-9a-f]{32}')
+# Its guest is off meanwhile: after so many seconds it does better without.
+_TIMEOUT_S = 600
 # A snapshot counts every cluster anew, while the guest is stopped. QEMU's own
 # caches hold the tables of 256 GiB; these hold those of 1 TiB in use, and
 # take memory only as they fill.
@@ -130,7 +132,7 @@ def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
     try:
         qemu_img.run('snapshot', action, name, disks_.json_name(
             disks_.layer_options(disks_.Layer(path, 'qcow2'))
-            | _TABLE_CACHES))
+            | _TABLE_CACHES), timeout=_TIMEOUT_S)
     finally:
         if borrowed:
             around.host.give_disk(os.path.realpath(path), status.st_uid, -1)

@@ -278,4 +278,4 @@ class MoverStream(io.RawIOBase):
         # It ends by itself: its control socket is closed.
         if not processes.ends_within(self._process, _END_TIMEOUT_S):
             self._process.kill()
-            self._process.wait()
+            processes.ends_within(self._process, _END_TIMEOUT_S)
