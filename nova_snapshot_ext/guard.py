@@ -73,7 +73,7 @@ class Guard(contextlib.AbstractContextManager['Guard']):
         :raises FreezeFailed: if it can't be started
         """
         # A session of its own: a signal for our group is not for the guard.
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # nosec B603 # ourselves, no shell
             [sys.executable, '-P', '-m', 'nova_snapshot_ext.guard',
              log.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -66,7 +66,7 @@ def serving(
     command.append(disk.json_name(options))
     entry = log.push(end_server, socket=socket)
     with open(f'{socket}.log', 'w+') as messages:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # nosec B603 # no shell, names are ours
             command, stdin=subprocess.DEVNULL, stdout=messages,
             stderr=messages)
         try:

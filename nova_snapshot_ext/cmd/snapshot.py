@@ -182,7 +182,8 @@ def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
 def _request(options: argparse.Namespace, configuration: typing.Any,
              guest: guests.Guest) -> requests.Request:
     staging = os.path.abspath(
-        options.staging or os.environ.get('TMPDIR') or '/var/tmp')
+        options.staging or os.environ.get('TMPDIR')
+        or '/var/tmp')  # nosec B108 # what is made there has its own directory
     state = configuration.state_directory or _state_directory()
     return requests.Request(
         image_format=getattr(options, 'format', 'qcow2'),
