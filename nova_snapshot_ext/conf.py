@@ -152,21 +152,21 @@ as broken otherwise.
 
 Related options:
 
-* ``store_timeout``: for the answer when it has all of them
+* ``answer_timeout``
 * ``[glance] num_retries``: how often a broken upload is tried again
 """),
     cfg.IntOpt(
-        'store_timeout',
-        default=6 * 3600,
+        'answer_timeout',
+        default=3600,
         min=1,
         help="""
-Seconds in which Glance must answer when it has all bytes of an image, and puts
-them where it keeps them. The upload counts as broken otherwise.
+Seconds in which Glance must answer when it has all bytes of an image.
+
+A store may take them only then. The upload counts as broken otherwise.
 
 Related options:
 
 * ``send_timeout``
-* ``[glance] num_retries``: how often a broken upload is tried again
 """),
     cfg.StrOpt(
         'image_service',

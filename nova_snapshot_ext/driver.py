@@ -486,7 +486,7 @@ def _image_service(context: nova_context.RequestContext,
                 glance=_glance(context), image_id=image_id,
                 retries=CONF.glance.num_retries,
                 send_timeout=CONF.snapshot_ext.send_timeout,
-                store_timeout=CONF.snapshot_ext.store_timeout,
+                answer_timeout=CONF.snapshot_ext.answer_timeout,
                 directory=CONF.snapshot_ext.image_directory,
                 directory_setting='[snapshot_ext] image_directory'))
     return service

@@ -48,8 +48,8 @@ class Destination:
     retries: int = 0
     #: seconds in which it must take the next bytes of an upload
     send_timeout: int = 300
-    #: seconds in which it must answer when it has all of them
-    store_timeout: int = 6 * 3600
+    #: seconds in which it must answer when it has all bytes of an upload
+    answer_timeout: int = 3600
     #: a directory, and how whoever set it knows it
     directory: str | None = None
     directory_setting: str = ''

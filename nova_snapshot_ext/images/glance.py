@@ -93,7 +93,7 @@ class GlanceService(base.ImageService):
         self._image_id = destination.image_id
         self._attempts = 1 + destination.retries
         self._send_timeout = destination.send_timeout
-        self._store_timeout = destination.store_timeout
+        self._answer_timeout = destination.answer_timeout
         #: the image whose deletion by others is news
         self._wanted = destination.image_id
 
@@ -217,7 +217,7 @@ class GlanceService(base.ImageService):
                     'X-OpenStack-Image-Size': str(length)},
                 # urllib3 has the first one on the socket while it connects
                 # and sends. The answer takes as long as Glance's store.
-                timeout=(self._send_timeout, self._store_timeout),
+                timeout=(self._send_timeout, self._answer_timeout),
                 **_SENT_ONCE)
         except sdk_exceptions.ConflictException:
             # It waits for no bytes: those that it has are not of this body.
