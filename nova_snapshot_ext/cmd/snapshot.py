@@ -41,6 +41,8 @@ from nova_snapshot_ext import rights
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 
+LOG = logging.getLogger(__name__)
+
 FAILED = 1
 USAGE = 2
 REFUSED = 3
@@ -137,9 +139,15 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
         return _fail(error, REFUSED)
     except (exception.SnapshotError, OSError) as error:
         return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return _fail('it was interrupted', FAILED)
+    except Exception as error:
+        LOG.debug('It was not foreseen:', exc_info=True)
+        return _fail(f'{type(error).__name__}: {exception.shown(error)} '
+                     f'(not foreseen; --debug shows where)', FAILED)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: object, code: int) -> int:
     print(f'nova-snapshot: {error}', file=sys.stderr)
     return code
 

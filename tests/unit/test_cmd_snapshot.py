@@ -51,7 +51,7 @@ class CommandTestCase(base.TestCase):
             'TMPDIR', self.staging))
         self.useFixture(fixtures.EnvironmentVariable('PYTHONSAFEPATH'))
         self.taken: list[tuple[typing.Any, ...]] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
 
     def take(self, *arguments: typing.Any,
@@ -348,6 +348,18 @@ class TestStateDirectory(base.TestCase):
         path = '/var/lib/nova/snapshot-ext'
         self.assertEqual(path, cmd._state_directory())
         self.assertEqual([path], made)
+
+
+class TestUnforeseen(CommandTestCase):
+
+    def test_it_is_one_line(self) -> None:
+        for error, said in (
+                (KeyError('a\nb'), "KeyError: 'a\\nb' (not foreseen"),
+                (KeyboardInterrupt(), 'it was interrupted')):
+            self.error = error
+            self.assertEqual(cmd.FAILED, self.create())
+            self.assertIn(said, self.err.getvalue())
+            self.assertEqual(1, self.err.getvalue().count('\n'))
 
 
 class TestDestination(CommandTestCase):
