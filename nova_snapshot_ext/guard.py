@@ -25,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -66,12 +67,14 @@ class Guard(contextlib.AbstractContextManager['Guard']):
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._log: undo.UndoLog | None = None
 
     def watch(self, log: undo.UndoLog) -> None:
         """Start the guard of a log, and wait until it stands.
 
         :raises FreezeFailed: if it can't be started
         """
+        self._log = log
         # A session of its own: a signal for our group is not for the guard.
         self._process = subprocess.Popen(
             [sys.executable, '-P', '-m', 'nova_snapshot_ext.guard',
@@ -97,14 +100,30 @@ class Guard(contextlib.AbstractContextManager['Guard']):
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None,
                  traceback: types.TracebackType | None) -> None:
+        if self._log is not None and self._log.pending:
+            # Not left to the guard, which would not ask its owner's host
+            # whether the guest is still to be started.
+            threading.Thread(target=self._go_on, args=(self._log,),
+                             daemon=True).start()
+        else:
+            self._end()
+
+    def _go_on(self, log: undo.UndoLog) -> None:
+        """Try again what could not be undone, with the guard at its post."""
+        done = bring_back(log.path, lambda uri, uuid: log.surroundings.guest,
+                          log.surroundings.host)
+        if not done and self._process is not None:
+            self._process.kill()
+        self._end()
+
+    def _end(self) -> None:
         if self._process is None:
             return
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
         if not processes.ends_within(self._process, _END_TIMEOUT_S):
-            LOG.error('The guard %d goes on with what could not be undone',
-                      self._process.pid)
+            LOG.error('The guard %d does not end', self._process.pid)
 
 
 class GuardHost(hosts.PlainHost):

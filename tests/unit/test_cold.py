@@ -322,20 +322,3 @@ class TestFreeze(ColdTestCase):
         self.domain.off()
         self.freeze()
         self.assertNotIn('force-share', self.nbd.options)
-
-
-class TestRestoreOwner(ColdTestCase):
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.around = undo.Surroundings(self.guest, self.host)
-
-    def test_owner_is_given_back_if_the_device_is_there(self) -> None:
-        self.domain.off()
-        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
-        cold.restore_owner(self.around, path='/none', uid=1, gid=2)
-        self.assertEqual([f'chown {self.path} 1 2'], self.journal)
-
-    def test_libvirt_owns_the_disks_of_a_running_guest(self) -> None:
-        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
-        self.assertEqual([], self.journal)

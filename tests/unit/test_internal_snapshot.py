@@ -22,7 +22,7 @@ from tests.unit import base
 from tests.unit import doubles
 
 
-class TestDelete(base.TestCase):
+class InternalSnapshotTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
@@ -34,6 +34,9 @@ class TestDelete(base.TestCase):
                         self.qemu_img.monitor)
         self.qemu_img.path = self.path
         self.qemu_img.snapshots = ['mine', 'theirs']
+
+
+class TestDelete(InternalSnapshotTestCase):
 
     def delete(self, guest: object = 0, owner_died: bool = False) -> None:
         internal_snapshot.delete_internal_snapshot(
@@ -102,3 +105,42 @@ class TestDelete(base.TestCase):
         self.qemu_img.fails.add('monitor')
         self.delete()
         self.assertEqual(['theirs'], self.qemu_img.snapshots)
+
+
+class TestMake(InternalSnapshotTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.off()
+        self.watch_flushes()
+        self.log = self.new_log()
+        self.journal.clear()
+
+    def steps(self) -> list[str]:
+        return self.journal.of('flushed', 'chown', 'qemu-img snapshot')
+
+    def test_disk_of_root_has_its_way_back_written_first(self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        with self.log.scope():
+            name = internal_snapshot.make(self.path, self.log)
+            self.assertIn(name, self.qemu_img.snapshots)
+            self.assertEqual(
+                ['flushed restore_owner', f'chown {self.path} {os.getuid()} '
+                 '-1', 'flushed delete_internal_snapshot',
+                 'qemu-img snapshot -c'], self.steps())
+            self.patch_name('os.access', lambda path, mode: True)
+            self.journal.clear()
+        status = os.stat(self.path)
+        # The owner goes back last: the snapshot could not be deleted then.
+        self.assertEqual(
+            ['qemu-img snapshot -d',
+             f'chown {self.path} {status.st_uid} {status.st_gid}'],
+            self.steps())
+        self.assertEqual(0, self.log.pending)
+
+    def test_disk_of_our_own_is_left_alone(self) -> None:
+        with self.log.scope():
+            internal_snapshot.make(self.path, self.log)
+        self.assertEqual(
+            ['flushed delete_internal_snapshot', 'qemu-img snapshot -c',
+             'qemu-img snapshot -d'], self.steps())
