@@ -51,6 +51,9 @@ _END_TIMEOUT_S = 10.0
 # comes back in that time. Recovery at Nova's start is what remains then.
 _RETRY_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
+# The first time at once: whoever dies lets go of the guard a moment before
+# its log.
+_FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 60.0
 # How long a guard may start a guest on its own, once it is off and nothing is
 # under way: nobody can have decided otherwise about a guest whose snapshot has
@@ -207,7 +210,7 @@ def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
     :returns: whether nothing is left
     """
     deadline = time.monotonic() + _RETRY_TIMEOUT_S
-    wait_s = _RETRY_S
+    wait_s = _FIRST_RETRY_S
     while True:
         try:
             undo.UndoLog.adopt(path, find, host).unwind()
@@ -223,10 +226,10 @@ def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
                 LOG.error("%s is left for nova-compute's next start: %s",
                           path, error)
                 return False
-            LOG.warning('%s is tried again in %.0f s: %s', path, wait_s,
+            LOG.warning('%s is tried again in %.2f s: %s', path, wait_s,
                         error)
             time.sleep(wait_s)
-            wait_s = min(wait_s * 1.5, _LONGEST_RETRY_S)
+            wait_s = min(max(wait_s * 1.5, _RETRY_S), _LONGEST_RETRY_S)
 
 
 if __name__ == '__main__':

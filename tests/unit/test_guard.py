@@ -153,6 +153,19 @@ class TestBringBack(GuardTestCase):
         self.assertTrue(self.bring_back())
         self.assertEqual(['failing', 'failing'], journal)
 
+    def test_owner_that_dies_lets_go_of_its_log_in_a_moment(self) -> None:
+        waits: list[float] = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                self.log.close()
+        self.patch_name('time.sleep', wait)
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 1.0)
+        self.log.push(demo_guard_step, what='one')
+        self.assertTrue(self.bring_back())
+        self.assertEqual([0.05, 1.0, 1.5], waits)
+
     def test_libvirt_that_comes_back_is_waited_for(self) -> None:
         self.log.push(demo_guard_step, what='one')
         self.log.close()
