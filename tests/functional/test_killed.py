@@ -29,6 +29,7 @@ import typing
 
 import libvirt
 
+from nova_snapshot_ext import undo
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_flows
@@ -194,12 +195,13 @@ class KilledTest(test_flows.SnapshotTestCase):
             self.assertIn(path.name, ('killed.qcow2', 'killed.qcow2.json'))
         self._forget_image()
 
-    def _recover(self, *arguments: str) -> str:
+    def _recover(self, *arguments: str, expect: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, '-m', 'nova_snapshot_ext.cmd.snapshot',
              '--config-file', str(self.configuration), 'recover',
              *arguments], capture_output=True, text=True)
-        self.assertEqual((0, ''), (done.returncode, done.stderr))
+        self.assertEqual(expect, done.returncode, done.stderr)
+        self.assertNotIn('Traceback', done.stderr)
         return done.stdout
 
     def _start_s(self, guest: guests.Guest) -> float:
@@ -245,6 +247,62 @@ class KilledTest(test_flows.SnapshotTestCase):
         guest.domain.destroy()
         if guest.disks[0].format == 'qcow2':
             images.qemu_img_check(guest.disks[0].path)
+
+    def _stopped(self, guest: guests.Guest) -> str:
+        """Kill a snapshot and its guard when they have stopped the guest.
+
+        :returns: the path of its undo log
+        """
+        steps = self._steps(guest, 'cold')
+        self.assertTrue(self._killed_at(
+            guest, 'cold', steps.index('save_memory done') + 1, True))
+        [path] = self.state.glob('*.undo')
+        return str(path)
+
+    def test_nothing_is_started_after_a_reboot(self):
+        guest = self.guest(guests.Disk('overlay'))
+        path = self._stopped(guest)
+        with open(path) as file:
+            content = file.read()
+        self.assertIn(undo.boot_id(), content)
+        with open(path, 'w') as file:
+            file.write(content.replace(undo.boot_id(), 'another'))
+        self.assertIn('from before a reboot', self._recover('--dry-run'))
+        self.assertIn(': done', self._recover('--force'))
+        self._wait_clean()
+        # Whether it runs is Nova's to say; its memory is there for that.
+        self.assertFalse(guest.domain.isActive())
+        self.assertTrue(guest.domain.hasManagedSaveImage(0))
+        guest.domain.create()
+        self.assert_whole(guest)
+
+    def test_guest_that_another_paused_stays_paused(self):
+        guest = self.guest(guests.Disk('raw'))
+        steps = self._steps(guest, 'cold')
+        self._killed_at(guest, 'cold', steps.index('resume done') + 1, True)
+        guest.domain.suspend()
+        self.assertIn('let_run', self._recover('--dry-run'))
+        self.assertIn(': done', self._recover())
+        self._wait_clean()
+        self.assertEqual([libvirt.VIR_DOMAIN_PAUSED,
+                          libvirt.VIR_DOMAIN_PAUSED_USER],
+                         guest.domain.state())
+        guest.domain.resume()
+        self.assert_whole(guest)
+
+    def test_libvirt_that_is_away_is_said_and_waited_for(self):
+        guest = self.guest(guests.Disk('overlay'))
+        path = self._stopped(guest)
+        self.libvirtd.kill()
+        self.assertIn(f'{path}: failed', self._recover(expect=1))
+        self.libvirtd.start()
+        self.assertIn(f'{path}: done', self._recover())
+        self._wait_clean()
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        domain = connection.lookupByUUIDString(guest.uuid)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING, domain.state()[0])
+        guest.wait_writes_on(2)
 
     def test_backup_and_its_guard_lives(self):
         self._kill_at_each('backup', False, agent=True)
