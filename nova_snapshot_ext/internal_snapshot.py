@@ -52,12 +52,13 @@ def make(path: str, log: undo.UndoLog) -> str:
     :returns: its name
     """
     name = f'snapshot-ext-{uuid.uuid4().hex}'
-    if not os.access(path, os.W_OK):
-        # libvirt gives the disk of a stopped guest to root where it could
-        # not remember whose it was. It goes back when the snapshot is gone.
-        borrowed.borrow(path, log)
-    log.push(delete_internal_snapshot, path=path, name=name)
-    _qemu_img_snapshot('-c', name, path)
+    with contextlib.ExitStack() as stack:
+        if not os.access(path, os.W_OK):
+            # libvirt gives the disk of a stopped guest to root where it could
+            # not remember whose it was.
+            stack.callback(borrowed.borrow(path, log).run)
+        log.push(delete_internal_snapshot, path=path, name=name)
+        _qemu_img_snapshot('-c', name, path)
     return name
 
 
@@ -124,9 +125,10 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
 @contextlib.contextmanager
 def _own(around: undo.Surroundings,
          path: str) -> collections.abc.Iterator[None]:
-    """Have a disk that somebody stopped meanwhile, and libvirt gave to root.
+    """Have a disk whose guest was stopped, and that libvirt gave to root.
 
-    Whoever dies in here leaves it for the undo to be run again.
+    Should this process die in here, it stays this user's until libvirt takes
+    it for the guest again.
     """
     status = os.stat(path)
     taken = not os.access(path, os.W_OK)

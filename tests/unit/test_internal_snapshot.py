@@ -119,24 +119,26 @@ class TestMake(InternalSnapshotTestCase):
     def steps(self) -> list[str]:
         return self.journal.of('flushed', 'chown', 'qemu-img snapshot')
 
-    def test_disk_of_root_has_its_way_back_written_first(self) -> None:
+    def test_disk_of_root_is_borrowed_with_its_way_back_in_the_log(
+            self) -> None:
         self.patch_name('os.access', lambda path, mode: False)
-        with self.log.scope():
-            name = internal_snapshot.make(self.path, self.log)
-            self.assertIn(name, self.qemu_img.snapshots)
-            self.assertEqual(
-                ['flushed restore_owner', f'chown {self.path} {os.getuid()} '
-                 '-1', 'flushed delete_internal_snapshot',
-                 'qemu-img snapshot -c'], self.steps())
-            self.patch_name('os.access', lambda path, mode: True)
-            self.journal.clear()
         status = os.stat(self.path)
-        # The owner goes back last: the snapshot could not be deleted then.
+        internal_snapshot.make(self.path, self.log)
         self.assertEqual(
-            ['qemu-img snapshot -d',
+            ['flushed restore_owner', f'chown {self.path} {os.getuid()} -1',
+             'flushed delete_internal_snapshot', 'qemu-img snapshot -c',
              f'chown {self.path} {status.st_uid} {status.st_gid}'],
             self.steps())
-        self.assertEqual(0, self.log.pending)
+        self.assertEqual(1, self.log.pending)
+
+    def test_disk_goes_back_when_the_snapshot_can_not_be_made(self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        self.qemu_img.fails.add('-c')
+        self.assertRaises(exception.SnapshotError, internal_snapshot.make,
+                          self.path, self.log)
+        status = os.stat(self.path)
+        self.assertEqual(f'chown {self.path} {status.st_uid} {status.st_gid}',
+                         self.steps()[-1])
 
     def test_disk_of_our_own_is_left_alone(self) -> None:
         with self.log.scope():
