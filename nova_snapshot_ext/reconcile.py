@@ -100,6 +100,7 @@ def _free(instance: objects.Instance | None,
     try:
         instance.save(expected_task_state=state)
     except Exception as error:
+        instance.task_state = state
         LOG.warning('Its task state stays %s, which a dead nova-compute '
                     'left: %s', state, error, instance=instance)
     else:

@@ -150,7 +150,8 @@ class TestTaskState(ReconcileTestCase):
             self) -> None:
         self.patch_name('nova.objects.Instance.save',
                         lambda instance, expected_task_state: 1 / 0)
-        self.free('image_backup', 'image_backup')
+        self.assertEqual('image_backup', self.free(
+            'image_backup', 'image_backup'))
         self.assertEqual(1, len(self.settled))
 
 
