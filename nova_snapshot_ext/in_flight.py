@@ -26,7 +26,11 @@ import os
 import types
 import typing
 
+from oslo_log import log as logging
+
 from nova_snapshot_ext import undo
+
+LOG = logging.getLogger(__name__)
 
 VERSION = 1
 SUFFIX = '.in-flight'
@@ -107,8 +111,14 @@ class Record(contextlib.AbstractContextManager['Record']):
 
     def forget(self) -> None:
         """Nothing is left to see to."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # No reason for a snapshot to fail: a whole image is left alone.
+            LOG.warning('%s could not be deleted, and will be taken for that '
+                        'of a dead nova-compute: %s', self.path, error)
         self.close()
 
     def close(self) -> None:

@@ -13,6 +13,8 @@
 import fcntl
 import os
 
+import fixtures
+
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import in_flight
 from tests.unit import base
@@ -40,6 +42,16 @@ class TestRecord(base.TestCase):
         except exception.FreezeFailed:
             pass
         self.assertEqual([], os.listdir(self.state))
+
+    def test_snapshot_does_not_fail_because_it_stays(self) -> None:
+        def refuse(path: str) -> None:
+            raise OSError('read-only')
+        with fixtures.MonkeyPatch('os.unlink', refuse), self.begin():
+            pass
+        self.assertIn('could not be deleted', self.output.output)
+        adopted = in_flight.Record.adopt(in_flight.left_in(self.state)[0])
+        assert adopted is not None
+        adopted.forget()
 
     def test_what_a_dead_process_left_can_be_read(self) -> None:
         with self.begin() as record:
