@@ -119,6 +119,9 @@ _STATES = {
 }
 
 
+_PAUSED_BY_START = (
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION],
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP])
 _OPERATIONS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
@@ -264,6 +267,25 @@ class Guest:
             return list(self._domain.state()) == [
                 libvirt.VIR_DOMAIN_SHUTOFF,
                 libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+
+    def is_paused_by_start(self) -> bool:
+        """Whether it was started paused, and neither ran nor was paused
+        since: a pause by somebody has another reason.
+
+        QEMU got its memory as from a migration; libvirt keeps that as the
+        reason (qemuProcessStart, VIR_QEMU_PROCESS_START_PAUSED).
+        """
+        with self._calling('State'):
+            return list(self._domain.state()) in _PAUSED_BY_START
+
+    def life(self) -> int:
+        """What names this run of its QEMU; -1 while it is off.
+
+        Another start gives another number.
+        """
+        with self._calling('Number'):
+            number: int = self._domain.ID()
+        return number
 
     def is_persistent(self) -> bool:
         with self._calling('Persistence'):
@@ -611,17 +633,30 @@ class Guest:
         with self._calling('Detach of a device'):
             self._domain.detachDeviceFlags(
                 device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-        deadline = time.monotonic() + _DETACH_TIMEOUT_S
-        while self._has_device(device):
-            if time.monotonic() > deadline:
-                raise exception.FreezeFailed(
-                    f'{self.name} did not let go of a device within '
-                    f'{_DETACH_TIMEOUT_S:.0f} s: {device}')
-            time.sleep(0.1)
+        if not self._lets_go(device, _DETACH_TIMEOUT_S):
+            raise exception.FreezeFailed(
+                f'{self.name} did not let go of a device within '
+                f'{_DETACH_TIMEOUT_S:.0f} s: {device}')
 
-    def attach(self, device: str) -> None:
-        """Give a device back, unless the running guest has it."""
-        if self._has_device(device):
+    def _lets_go(self, device: str, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._has_device(device):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def attach(self, device: str, late_s: float = 0.0) -> None:
+        """Give a device back, unless the running guest has it.
+
+        :param late_s: how long it may take to let go of it yet, after it was
+            asked to: nothing takes that back
+        """
+        if not self._lets_go(device, late_s):
+            if late_s:
+                LOG.warning('%s has kept a device that it was asked to let '
+                            'go. If it does so later, its next start gives '
+                            'it back: %s', self.name, device)
             return
         with self._calling('Attach of a device'):
             self._domain.attachDeviceFlags(

@@ -16,6 +16,8 @@ They are deleted whether it runs or not, and it is looked whether they are
 gone.
 """
 
+import collections.abc
+import contextlib
 import os
 import re
 import time
@@ -23,6 +25,7 @@ import uuid
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import borrowed
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import power
@@ -53,8 +56,13 @@ def make(path: str, log: undo.UndoLog) -> str:
     :returns: its name
     """
     name = f'snapshot-ext-{uuid.uuid4().hex}'
-    log.push(delete_internal_snapshot, path=path, name=name)
-    _qemu_img_snapshot(log.surroundings, '-c', name, path)
+    with contextlib.ExitStack() as stack:
+        if not os.access(path, os.W_OK):
+            # libvirt gives the disk of a stopped guest to root where it could
+            # not remember whose it was.
+            stack.callback(borrowed.borrow(path, log).run)
+        log.push(delete_internal_snapshot, path=path, name=name)
+        _qemu_img_snapshot('-c', name, path)
     return name
 
 
@@ -108,7 +116,8 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
                      name: str) -> None:
     guest = power.running_guest(around)
     if guest is None:
-        _qemu_img_snapshot(around, '-d', name, path)
+        with _own(around, path):
+            _qemu_img_snapshot('-d', name, path)
         return
     node = guest.format_node(path)
     if node is not None:
@@ -120,19 +129,27 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
                       device=node['node-name'], name=name)
 
 
-def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
-                       path: str) -> None:
-    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+@contextlib.contextmanager
+def _own(around: undo.Surroundings,
+         path: str) -> collections.abc.Iterator[None]:
+    """Have a disk whose guest was stopped, and that libvirt gave to root.
+
+    Should this process die in here, it stays this user's until libvirt takes
+    it for the guest again.
+    """
     status = os.stat(path)
-    borrowed = not os.access(path, os.W_OK)
-    if borrowed:
-        # libvirt gives the disk of a stopped guest to root where it could
-        # not remember whose it was.
+    taken = not os.access(path, os.W_OK)
+    if taken:
         around.host.give_disk(os.path.realpath(path), os.getuid(), -1)
     try:
-        qemu_img.run('snapshot', action, name, disks_.json_name(
-            disks_.layer_options(disks_.Layer(path, 'qcow2'))
-            | _TABLE_CACHES), timeout=_TIMEOUT_S)
+        yield
     finally:
-        if borrowed:
+        if taken:
             around.host.give_disk(os.path.realpath(path), status.st_uid, -1)
+
+
+def _qemu_img_snapshot(action: str, name: str, path: str) -> None:
+    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+    qemu_img.run('snapshot', action, name, disks_.json_name(
+        disks_.layer_options(disks_.Layer(path, 'qcow2')) | _TABLE_CACHES),
+        timeout=_TIMEOUT_S)

@@ -94,6 +94,7 @@ class GlanceService(base.ImageService):
         self._attempts = 1 + destination.retries
         self._send_timeout = destination.send_timeout
         self._answer_timeout = destination.answer_timeout
+        self._announce = destination.announce
         #: the image whose deletion by others is news
         self._wanted = destination.image_id
 
@@ -102,7 +103,7 @@ class GlanceService(base.ImageService):
         if image_id is None:
             return
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 status = self._get(image_id, **_CHECK)['status']
         except exception.ImageGone:
             status = 'deleted'
@@ -146,7 +147,7 @@ class GlanceService(base.ImageService):
         return announced[-1]
 
     def _create(self, description: base.Description) -> str:
-        with _translated('a new image'):
+        with translated('a new image'):
             image_id = _image_of(self._request('POST', '/images', json={
                 'name': description.name,
                 'disk_format': description.disk_format,
@@ -207,6 +208,7 @@ class GlanceService(base.ImageService):
 
     def _put(self, image_id: str, file: typing.BinaryIO, length: int,
              progress: requests.Progress, announced: list[int]) -> None:
+        self._announce(length)
         announced.append(length)
         try:
             self._request(
@@ -247,7 +249,7 @@ class GlanceService(base.ImageService):
         that came for the image; Nova deletes no active image.
         """
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 stored = self._settled(
                     image_id, _CUT_OFF_TIMEOUT_S, **_SHORTLY)
         except exception.ImageGone:
@@ -305,7 +307,7 @@ class GlanceService(base.ImageService):
     def _delete(self, image_id: str) -> None:
         self._wanted = None
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 self._request('DELETE', f'/images/{image_id}')
         except exception.ImageGone:
             pass
@@ -314,9 +316,12 @@ class GlanceService(base.ImageService):
 
     def _request(self, method: str, path: str,
                  **arguments: typing.Any) -> typing.Any:
-        """One request through the SDK's proxy: its auth, its session, its
-        time-outs; errors as the SDK raises them.
+        """One request through the SDK's proxy: its auth and its session;
+        errors as the SDK raises them.
         """
+        if self._glance.session.timeout is None:
+            # Without [glance] timeout it would wait without end.
+            arguments.setdefault('timeout', self._send_timeout)
         response = self._glance.request(
             path, method, stream=True, **arguments)
         _take_answer(response)
@@ -326,7 +331,7 @@ class GlanceService(base.ImageService):
     @contextlib.contextmanager
     def _attempting(self, image_id: str) -> typing.Iterator[
             typing.Iterator['_Attempt']]:
-        with _translated(f'image {image_id}'):
+        with translated(f'image {image_id}'):
             yield self._attempts_of(image_id)
 
     def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
@@ -362,7 +367,11 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> typing.Iterator[None]:
+def translated(what: str) -> typing.Iterator[None]:
+    """Errors of the SDK, and of connections, as our own.
+
+    :param what: the request was about, for the message
+    """
     try:
         yield
     except sdk_exceptions.HttpException as error:

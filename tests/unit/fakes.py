@@ -101,6 +101,7 @@ class FakeDomain:
         self.persistent = True
         self.managed_save = False
         self.saved_state: list[int] = []
+        self.life = 1
         self.kib = 524288
         self.capacity = 1024 ** 2
         self.job = libvirt.VIR_DOMAIN_JOB_NONE
@@ -159,6 +160,11 @@ class FakeDomain:
     def state(self) -> list[int]:
         self._may_fail('state')
         return list(self.current_state)
+
+    def ID(self) -> int:
+        self._may_fail('state')
+        off = self.current_state[0] == libvirt.VIR_DOMAIN_SHUTOFF
+        return -1 if off else self.life
 
     def isPersistent(self) -> int:
         return int(self.persistent)
@@ -265,6 +271,7 @@ class FakeDomain:
             if paused else self.saved_state if self.managed_save
             else [libvirt.VIR_DOMAIN_RUNNING, 1])
         self.managed_save = False
+        self.life += 1
 
     def suspend(self) -> None:
         self._called('suspend')

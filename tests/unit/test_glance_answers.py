@@ -15,6 +15,7 @@
 import contextlib
 import io
 import json
+import types
 import typing
 
 import hypothesis
@@ -63,6 +64,7 @@ class AnyGlance:
     def __init__(self, planned: list[tuple[int, bytes, str]]) -> None:
         self.planned = planned
         self.asked = 0
+        self.session = types.SimpleNamespace(timeout=None)
 
     def request(self, path: str, method: str,
                 **arguments: typing.Any) -> http.Response:
