@@ -24,6 +24,7 @@ import os
 
 from nova_snapshot_ext import backup_job
 from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
@@ -54,10 +55,12 @@ def restore_owner(around: undo.Surroundings, path: str, uid: int,
 
 def _devices(guest: guests.Guest) -> set[str]:
     """The block devices that a guest's disks are made of."""
-    return {os.path.realpath(layer.path)
-            for disk in guest.disks() for layer in (
-                disks_.Layer(disk.path, disk.format, disk.block),
-                *(disk.backing or ())) if layer.block}
+    layers = []
+    for disk in guest.disks():
+        layers.append(disks_.Layer(disk.path, disk.format, disk.block))
+        with contextlib.suppress(exception.SnapshotError):
+            layers += disks_.chain_of(disk)
+    return {os.path.realpath(layer.path) for layer in layers if layer.block}
 
 
 class ColdFlow(base.Flow):
