@@ -12,6 +12,7 @@
 
 """Guests, requests and flavors of any kind: a plan, or one clear line."""
 
+import dataclasses
 import os
 from xml.etree import ElementTree
 
@@ -172,6 +173,17 @@ class TestDisks(base.TestCase):
         self.domain.disks = fakes.disk_xml('/a', target='../vda')
         self.assertRaisesRegex(exception.UnsafeDisk, '"../vda"',
                                self.guest.root_disk)
+
+    def test_chain_that_can_not_be_opened_is_refused(self) -> None:
+        layer = disks.Layer(self.new_file('l', base.qcow2_header()), 'qcow2')
+        disk = dataclasses.replace(
+            disks.Disk.from_element(ElementTree.fromstring(
+                fakes.disk_xml(layer.path, 'qcow2'))), backing=(layer,) * 99)
+        chain = disks.chain_of(disk)
+        self.assertIn('qcow2', disks.json_name(disks.chain_options(chain)))
+        self.assertRaisesRegex(
+            exception.UnsafeDisk, 'vda is made of more than 100 images',
+            disks.chain_of, dataclasses.replace(disk, backing=(layer,) * 100))
 
 
 class TestWish(base.TestCase):
