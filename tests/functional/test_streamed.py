@@ -263,8 +263,8 @@ class TestFaults(StreamedTestCase):
         # One that hangs from the start.
         with testtools.ExpectedException(
                 exception.TransferFailed, '.*has not answered.*'):
-            with self.image(export, read_timeout=2):
-                pass
+            with self.image(export, read_timeout=2) as image:
+                image.open()
 
     def test_export_of_another_size_is_refused(self):
         export = self.useFixture(nbd_servers.Nbdkit('pattern', 'size=1M'))
@@ -272,9 +272,10 @@ class TestFaults(StreamedTestCase):
             with testtools.ExpectedException(
                     exception.TransferFailed,
                     f'.*has {MIB} bytes, and the disk {capacity}'):
-                with self.image(export, capacity=capacity):
-                    pass
+                with self.image(export, capacity=capacity) as image:
+                    image.open()
         with self.image(export, capacity=MIB, image_format='raw') as image:
+            image.open()
             self.assertEqual(MIB, image.length)
 
     def test_server_that_talks_nonsense_gives_one_error(self):
@@ -291,8 +292,8 @@ class TestFaults(StreamedTestCase):
                 export = self.useFixture(nbd_servers.Liar(words, hang=hang))
                 with testtools.ExpectedException(
                         exception.TransferFailed, 'The mover failed: The .*'):
-                    with self.image(export, read_timeout=1):
-                        pass
+                    with self.image(export, read_timeout=1) as image:
+                        image.open()
 
     def test_server_that_drips_is_not_waited_for_without_end(self):
         export = self.useFixture(nbd_servers.Liar(
@@ -300,8 +301,8 @@ class TestFaults(StreamedTestCase):
         began = time.monotonic()
         with testtools.ExpectedException(
                 exception.TransferFailed, '.*has not answered for 2 s.*'):
-            with self.image(export, read_timeout=2):
-                pass
+            with self.image(export, read_timeout=2) as image:
+                image.open()
         self.assertLess(time.monotonic() - began, 8)
 
     def test_image_can_be_opened_again_after_a_broken_upload(self):
