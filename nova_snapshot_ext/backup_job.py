@@ -19,7 +19,6 @@ overwrites meanwhile in scratch files. Nothing of the disks is copied.
 import collections.abc
 import contextlib
 import os
-import stat
 from xml.etree import ElementTree
 
 from nova_snapshot_ext import disk as disks_
@@ -27,6 +26,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rights
 from nova_snapshot_ext import scratch
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
@@ -47,13 +47,18 @@ def end_backup(around: undo.Surroundings, guest: guests.Guest,
 def obstacle(guest: guests.Guest,
              disks: collections.abc.Sequence[disks_.Disk],
              request: requests.Request) -> str | None:
-    """Why there is no place for the scratch of a job, None if there is."""
+    """Why there is no place for the scratch of a job, or for its socket;
+    None if there is."""
     directory = request.scratch_directory
     try:
         workspace.check_directory(
             directory, '[snapshot_ext] scratch_directory')
     except exception.InvalidSetting as error:
         return str(error)
+    why = workspace.why_qemu_can_not_pass(
+        request.socket_directory, guest.qemu_uid())
+    if why is not None:
+        return why
     needed = sum(scratch.least_bytes(guest.capacity(disk.target))
                  for disk in disks)
     free = workspace.free_bytes(directory)
@@ -85,7 +90,7 @@ def prepared(
           log.scope()):
         log.push(end_backup, socket=socket)
         # QEMU makes the socket.
-        os.chmod(sockets, 0o770)
+        rights.set_mode(sockets, 0o770)
         yield Job(guest, capacities, files, watch, socket, log)
 
 
@@ -106,8 +111,8 @@ class Job:
     def begin(self) -> None:
         """Freeze the disks of the running or paused guest.
 
-        :raises FreezeFailed: if the scratch ran short before, or what is in
-            the place of the socket is none
+        :raises FreezeFailed: if the scratch ran short before
+        :raises NotOurs: if what is in the place of the socket is none
         """
         self._guest.begin_backup(self._description)
         _take_over(self._socket, self._log)
@@ -136,12 +141,10 @@ def _take_over(socket: str, log: undo.UndoLog) -> None:
     have put a link in its place, and root would follow it; and other guests'
     QEMU run as the same user.
 
-    :raises FreezeFailed: if it is no socket
+    :raises NotOurs: if it is no socket
     """
-    os.chmod(os.path.dirname(socket), 0o700)
-    if not stat.S_ISSOCK(os.lstat(socket).st_mode):
-        raise exception.FreezeFailed(f'{socket} is not a socket')
-    log.surroundings.host.chown(socket, os.getuid(), -1)
+    rights.set_mode(os.path.dirname(socket), 0o700)
+    log.surroundings.host.take_socket(socket)
 
 
 def _description(capacities: dict[str, int], socket: str,

@@ -150,11 +150,60 @@ transfer ``streamed``. The snapshot fails otherwise.
 Seconds in which Glance must take the next MiB of an image. The upload counts
 as broken otherwise.
 
-How long Glance may take to answer when it has all of them is not limited.
+Other requests to Glance must be answered in that time, if ``[glance] timeout``
+says nothing else.
 
 Related options:
 
+* ``answer_timeout``
 * ``[glance] num_retries``: how often a broken upload is tried again
+"""),
+    cfg.IntOpt(
+        'answer_timeout',
+        default=3600,
+        min=1,
+        help="""
+Seconds in which Glance must answer when it has all bytes of an image.
+
+A store may take them only then. The upload counts as broken otherwise.
+
+Related options:
+
+* ``send_timeout``
+"""),
+    cfg.StrOpt(
+        'dead_image',
+        default='delete',
+        choices=[
+            ('delete', 'it is deleted'),
+            ('keep', 'it stays, with the reason in the property '
+                     '``snapshot_ext_failure``'),
+        ],
+        help="""
+What becomes of an image that was being filled when nova-compute died.
+
+It concerns images that Glance still shows as ``queued`` or ``saving``. One
+that is active with a part of its bytes is deleted in any case, and one that is
+active and whole stays.
+
+Related options:
+
+* ``dead_image_auth``
+"""),
+    cfg.StrOpt(
+        'dead_image_auth',
+        default='service_user',
+        help="""
+The group of nova.conf that has the credentials for ``dead_image``.
+
+The rights of the request that made the image died with nova-compute. These
+must suffice to see, change and delete images of any project: with Glance's
+own policy, those of a user with the role ``admin``.
+
+Possible values:
+
+* the name of a group with the options of keystoneauth (``auth_type``,
+  ``auth_url``, ``username``, …)
 """),
     cfg.StrOpt(
         'image_service',

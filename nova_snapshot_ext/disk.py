@@ -28,6 +28,10 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import qemu_img
 
 
+#: of a chain; QEMU opens them one within the other, and so do we
+_MOST_LAYERS = 100
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One image of a disk's backing chain."""
@@ -54,6 +58,10 @@ class Disk:
     #: driver format in the domain, '' where it is not set
     format: str
     encrypted: bool
+    #: other guests may write to it at the same time
+    shared: bool
+    #: what the guest writes is not in path, and is lost when it stops
+    transient: bool
     #: layers below the top one as a running domain shows them, nearest
     #: first; None where libvirt does not tell
     backing: tuple[Layer, ...] | None
@@ -63,18 +71,19 @@ class Disk:
         """:param element: ``<disk>`` of a domain's XML"""
         source = element.find('source')
         driver = element.find('driver')
-        target = element.find('target')
         kind = element.get('type', '')
         path = '' if source is None else (
             source.get('file') or source.get('dev') or '')
         return cls(
-            target='' if target is None else target.get('dev', ''),
+            target=target_of(element),
             kind=kind,
             device=element.get('device', 'disk'),
             path=path,
             format='' if driver is None else driver.get('type', ''),
             encrypted=(element.find('.//encryption') is not None
                        or is_dm_crypt(path)),
+            shared=element.find('shareable') is not None,
+            transient=element.find('transient') is not None,
             backing=_backing_of(element),
         )
 
@@ -82,6 +91,12 @@ class Disk:
     def block(self) -> bool:
         """Whether the disk's source is a block device."""
         return self.kind == 'block'
+
+
+def target_of(element: ElementTree.Element) -> str:
+    """The name that libvirt knows a ``<disk>`` by, '' if it has none."""
+    target = element.find('target')
+    return '' if target is None else target.get('dev', '')
 
 
 def _backing_of(
@@ -136,6 +151,9 @@ def chain_of(disk: Disk) -> tuple[Layer, ...]:
     if disk.format == 'raw':
         return (top,)
     if disk.backing is not None:
+        if len(disk.backing) >= _MOST_LAYERS:
+            raise exception.UnsafeDisk(
+                f'{disk.target} is made of more than {_MOST_LAYERS} images')
         for layer in (top, *disk.backing):
             _check_header(layer)
         return (top, *disk.backing)
@@ -155,7 +173,7 @@ def _chain_from_headers(top: Layer) -> tuple[Layer, ...]:
             raise exception.UnsafeDisk(
                 f'{layers[-1].path} has a backing file of the format '
                 f'{fmt or "(not recorded)"}; raw or qcow2 must be recorded')
-        if not os.path.isabs(backing) or len(layers) > 100:
+        if not os.path.isabs(backing) or len(layers) >= _MOST_LAYERS:
             raise exception.UnsafeDisk(
                 f'{layers[-1].path} has a backing file that is not a plain '
                 f'path: {backing}')

@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Nova's door: the only module that imports Nova."""
+"""Nova's door: how Nova calls us, and we Nova."""
 
 import collections.abc
 import contextlib
@@ -27,7 +27,6 @@ from nova import context as nova_context
 from nova import exception as nova_exception
 from nova.image import glance as nova_glance
 from nova import objects
-import nova.privsep.path
 from nova import service_auth
 from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
@@ -41,7 +40,10 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import plugins
+from nova_snapshot_ext import privileged
+from nova_snapshot_ext import reconcile
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
@@ -85,8 +87,14 @@ class NovaHost:
         self._driver = driver
         self._instance = instance
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
-        nova.privsep.path.chown(path, uid=uid, gid=gid)
+    def let_group_pass(self, path: str, gid: int) -> None:
+        privileged.let_group_pass(path, gid)
+
+    def take_socket(self, path: str) -> None:
+        privileged.take_socket(path)
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
+        privileged.give_disk(path, uid, gid)
 
     @contextlib.contextmanager
     def may_start(self) -> collections.abc.Iterator[bool]:
@@ -96,12 +104,22 @@ class NovaHost:
             yield False
             return
         with _instance_lock(self._instance.uuid):
-            yield self._is_ours_to_start(self._instance)
+            yield self._is_ours_to_start(self._instance, _DOWN)
 
-    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
-        return self.may_start()
+    @contextlib.contextmanager
+    def may_resume(self) -> collections.abc.Iterator[bool]:
+        if self._instance is None:
+            yield False
+            return
+        with _instance_lock(self._instance.uuid):
+            yield self._is_ours_to_start(
+                self._instance, (*_DOWN, vm_states.PAUSED))
 
-    def _is_ours_to_start(self, instance: objects.Instance) -> bool:
+    def _is_ours_to_start(self, instance: objects.Instance,
+                          down: collections.abc.Collection[str]) -> bool:
+        """:param down: the states in which it is somebody's will that the
+            guest does not start, or does not run
+        """
         try:
             current = objects.Instance.get_by_uuid(
                 nova_context.get_admin_context(), instance.uuid)
@@ -114,7 +132,7 @@ class NovaHost:
                         instance=instance)
             current = instance
         if (current.task_state in _GOING_DOWN
-                or current.vm_state in _DOWN
+                or current.vm_state in down
                 or current.host != CONF.host):
             return False
         self._driver.cpu_api.power_up_for_instance(instance)
@@ -201,8 +219,9 @@ class SnapshotLibvirtDriver(
             with _translated(instance, image_id):
                 why = self._why_nova_serves(instance)
                 if why is None:
-                    self._snapshot(
-                        context, instance, image_id, update_task_state)
+                    with _in_flight(context, instance, image_id) as record:
+                        self._snapshot(context, instance, image_id,
+                                       update_task_state, record)
                     return
             LOG.info("Nova's own snapshot serves: %s", why,
                      instance=instance)
@@ -224,6 +243,7 @@ class SnapshotLibvirtDriver(
             self._finish(path, known.get(uuid), deadline)
         for instance in instances:
             _forget_progress(instance)
+        reconcile.after_death(state_directory(), instances)
         return instances
 
     def _finish(self, path: str, instance: objects.Instance | None,
@@ -248,12 +268,19 @@ class SnapshotLibvirtDriver(
 
         try:
             _finish_now(path, find, host, deadline)
-        except Exception as error:
-            LOG.exception('%s could not be finished; snapshots of its guest '
-                          'are refused until it is', path)
-            if not isinstance(error, ValueError):
-                threading.Thread(target=guards.bring_back,
-                                 args=(path, find, host), daemon=True).start()
+        except ValueError as error:
+            LOG.error('%s says how to undo a snapshot that a nova-compute '
+                      'which died had in flight, and can not be understood: '
+                      '%s. Nothing of it is undone, and snapshots of its '
+                      'guest are refused: look after the guest, undo by hand '
+                      'what the lines without "done" say, and delete the '
+                      'file', path, error, instance=instance)
+        except Exception:
+            LOG.exception('%s could not be finished, and is tried again; '
+                          'snapshots of its guest are refused until it is',
+                          path)
+            threading.Thread(target=guards.bring_back,
+                             args=(path, find, host), daemon=True).start()
 
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
         """What this package leaves to Nova, None if it serves.
@@ -278,7 +305,8 @@ class SnapshotLibvirtDriver(
 
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
-                  update_task_state: UpdateTaskState) -> None:
+                  update_task_state: UpdateTaskState,
+                  record: in_flight.Record) -> None:
         guest = self._our_guest(instance)
         image = self._image_api.get(context, image_id)
         wished = selection.wish(
@@ -286,7 +314,7 @@ class SnapshotLibvirtDriver(
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
         request = self._request(instance, guest.root_disk())
-        service = _image_service(context, image_id)
+        service = _image_service(context, image_id, record.announce)
 
         def before_upload() -> None:
             update_task_state(
@@ -471,8 +499,18 @@ def _disk_is_deleted(instance: objects.Instance) -> bool:
     return instance.task_state not in _DISK_KEPT
 
 
-def _image_service(context: nova_context.RequestContext,
-                   image_id: str) -> images.ImageService:
+def _in_flight(context: nova_context.RequestContext,
+               instance: objects.Instance,
+               image_id: str) -> in_flight.Record:
+    """What the next nova-compute needs to know if this one dies."""
+    return in_flight.Record.begin(state_directory(), in_flight.Snapshot(
+        image_id, instance.uuid, context.project_id, context.user_id,
+        context.request_id, instance.task_state))
+
+
+def _image_service(context: nova_context.RequestContext, image_id: str,
+                   announce: collections.abc.Callable[[int], None],
+                   ) -> images.ImageService:
     name = CONF.snapshot_ext.image_service
     service: images.ImageService = plugins.load(
         plugins.IMAGE_SERVICES, name, '[snapshot_ext] image_service')(
@@ -480,6 +518,8 @@ def _image_service(context: nova_context.RequestContext,
                 glance=_glance(context), image_id=image_id,
                 retries=CONF.glance.num_retries,
                 send_timeout=CONF.snapshot_ext.send_timeout,
+                answer_timeout=CONF.snapshot_ext.answer_timeout,
+                announce=announce,
                 directory=CONF.snapshot_ext.image_directory,
                 directory_setting='[snapshot_ext] image_directory'))
     return service
@@ -508,7 +548,7 @@ def _reported(context: nova_context.RequestContext,
     Nova's own event of a snapshot ends when the work is queued.
     """
     with compute_utils.EventReporter(
-            context, 'snapshot_ext_snapshot', CONF.host, instance.uuid):
+            context, reconcile.EVENT, CONF.host, instance.uuid):
         yield
 
 

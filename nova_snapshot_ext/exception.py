@@ -13,6 +13,14 @@
 """The errors of this package, one small family."""
 
 
+def shown(value: object) -> str:
+    """What others wrote, fit for a line of a message or a log."""
+    words = str(value)
+    if not words.isprintable():
+        words = words.encode('unicode_escape').decode()
+    return words if len(words) <= 200 else f'{words[:200]} …'
+
+
 class SnapshotError(Exception):
     """A snapshot could not be taken; the message says why, and what helps."""
 
@@ -26,7 +34,7 @@ class InvalidSetting(SnapshotError):
         :param value: what was given
         :param allowed: what may be given instead
         """
-        super().__init__(f'{setting} = {value!s} is not valid: {allowed}')
+        super().__init__(f'{setting} = {shown(value)} is not valid: {allowed}')
 
 
 class NoFlowServes(SnapshotError):
@@ -59,6 +67,17 @@ class NotEnoughRoom(SnapshotError):
 
 class UnsafeDisk(SnapshotError):
     """A disk's file refers to what its guest must not reach."""
+
+
+class NotOurs(SnapshotError):
+    """An owner was not changed: what has it is not what it should be."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)
+
+    def __str__(self) -> str:
+        path, why = self.args
+        return f'The owner of {path} is not changed: {why}'
 
 
 class GuestGone(SnapshotError):

@@ -25,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -50,6 +51,9 @@ _END_TIMEOUT_S = 10.0
 # comes back in that time. Recovery at Nova's start is what remains then.
 _RETRY_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
+# The first time at once: whoever dies lets go of the guard a moment before
+# its log.
+_FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 60.0
 # How long a guard may start a guest on its own, once it is off and nothing is
 # under way: nobody can have decided otherwise about a guest whose snapshot has
@@ -66,14 +70,16 @@ class Guard(contextlib.AbstractContextManager['Guard']):
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._log: undo.UndoLog | None = None
 
     def watch(self, log: undo.UndoLog) -> None:
         """Start the guard of a log, and wait until it stands.
 
         :raises FreezeFailed: if it can't be started
         """
+        self._log = log
         # A session of its own: a signal for our group is not for the guard.
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # nosec B603 # ourselves, no shell
             [sys.executable, '-P', '-m', 'nova_snapshot_ext.guard',
              log.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -97,14 +103,30 @@ class Guard(contextlib.AbstractContextManager['Guard']):
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None,
                  traceback: types.TracebackType | None) -> None:
+        if self._log is not None and self._log.pending:
+            # Not left to the guard, which would not ask its owner's host
+            # whether the guest is still to be started.
+            threading.Thread(target=self._go_on, args=(self._log,),
+                             daemon=True).start()
+        else:
+            self._end()
+
+    def _go_on(self, log: undo.UndoLog) -> None:
+        """Try again what could not be undone, with the guard at its post."""
+        done = bring_back(log.path, lambda uri, uuid: log.surroundings.guest,
+                          log.surroundings.host)
+        if not done and self._process is not None:
+            self._process.kill()
+        self._end()
+
+    def _end(self) -> None:
         if self._process is None:
             return
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
         if not processes.ends_within(self._process, _END_TIMEOUT_S):
-            LOG.error('The guard %d goes on with what could not be undone',
-                      self._process.pid)
+            LOG.error('The guard %d does not end', self._process.pid)
 
 
 class GuardHost(hosts.PlainHost):
@@ -188,7 +210,7 @@ def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
     :returns: whether nothing is left
     """
     deadline = time.monotonic() + _RETRY_TIMEOUT_S
-    wait_s = _RETRY_S
+    wait_s = _FIRST_RETRY_S
     while True:
         try:
             undo.UndoLog.adopt(path, find, host).unwind()
@@ -204,10 +226,10 @@ def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
                 LOG.error("%s is left for nova-compute's next start: %s",
                           path, error)
                 return False
-            LOG.warning('%s is tried again in %.0f s: %s', path, wait_s,
+            LOG.warning('%s is tried again in %.2f s: %s', path, wait_s,
                         error)
             time.sleep(wait_s)
-            wait_s = min(wait_s * 1.5, _LONGEST_RETRY_S)
+            wait_s = min(max(wait_s * 1.5, _RETRY_S), _LONGEST_RETRY_S)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,8 @@ import enum
 import grp
 import json
 import os
+import pwd
+import re
 import time
 import typing
 from xml.etree import ElementTree
@@ -54,6 +56,8 @@ _UNSAVABLE = {
     './devices/tpm/backend[@type="passthrough"]': "the host's TPM",
     './launchSecurity': 'encrypted memory',
 }
+# As long as a socket's path has room for.
+_TARGET = re.compile('[A-Za-z0-9]{1,12}')
 # Devices leave when the guest's kernel lets them go (ACPI, virDomain
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
@@ -115,6 +119,9 @@ _STATES = {
 }
 
 
+_PAUSED_BY_START = (
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION],
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP])
 _OPERATIONS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
@@ -261,6 +268,25 @@ class Guest:
                 libvirt.VIR_DOMAIN_SHUTOFF,
                 libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
 
+    def is_paused_by_start(self) -> bool:
+        """Whether it was started paused, and neither ran nor was paused
+        since: a pause by somebody has another reason.
+
+        QEMU got its memory as from a migration; libvirt keeps that as the
+        reason (qemuProcessStart, VIR_QEMU_PROCESS_START_PAUSED).
+        """
+        with self._calling('State'):
+            return list(self._domain.state()) in _PAUSED_BY_START
+
+    def life(self) -> int:
+        """What names this run of its QEMU; -1 while it is off.
+
+        Another start gives another number.
+        """
+        with self._calling('Number'):
+            number: int = self._domain.ID()
+        return number
+
     def is_persistent(self) -> bool:
         with self._calling('Persistence'):
             return bool(self._domain.isPersistent())
@@ -278,7 +304,7 @@ class Guest:
     def description(self) -> ElementTree.Element:
         """Its XML, as an element, without secrets."""
         with self._calling('Description'):
-            return ElementTree.fromstring(self._domain.XMLDesc(0))
+            return _parsed(self._domain.XMLDesc(0))
 
     def belongs_to_nova(self) -> bool:
         """Whether Nova made it: Nova would act on what happens to it."""
@@ -293,12 +319,21 @@ class Guest:
     def root_disk(self) -> disk.Disk:
         """The first disk that is one: Nova's root disk is always the first.
 
-        :raises UnsafeDisk: if there is none
+        :raises UnsafeDisk: if there is none, or its name is no name
         """
-        for found in self.disks():
-            if found.device == 'disk':
-                return found
-        raise exception.UnsafeDisk(f'{self.name} has no disk')
+        disks = self.disks()
+        found = next((each for each in disks if each.device == 'disk'), None)
+        if found is None:
+            raise exception.UnsafeDisk(f'{self.name} has no disk')
+        # libvirt is told by it which disk is meant, and files are named so.
+        if not _TARGET.fullmatch(found.target):
+            raise exception.UnsafeDisk(
+                f'{self.name} has a disk with the name '
+                f'"{exception.shown(found.target)}"')
+        if [each.target for each in disks].count(found.target) > 1:
+            raise exception.UnsafeDisk(
+                f'{self.name} has several disks with the name {found.target}')
+        return found
 
     def capacity(self, target: str) -> int:
         """A disk's size in bytes, as the guest sees it."""
@@ -322,17 +357,22 @@ class Guest:
             sum(found.get(name, 0) for name in _COMPLETED),
             sum(found.get(name, 0) for name in _TOOK_NS) / 1e9)
 
+    def qemu_uid(self) -> int | None:
+        """The user that its QEMU runs as, None if that has no number here."""
+        user = self._dac_label().partition(':')[0].lstrip('+')
+        if user.isdecimal():
+            return int(user)
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            return None
+
     def qemu_gid(self) -> int | None:
         """The group that its QEMU runs as, None while it does not run.
 
-        libvirt's DAC label is ``+uid:+gid``, or has names where an operator
-        wrote it (https://libvirt.org/formatdomain.html, seclabel). A number
-        is right also where libvirtd runs in another container.
-
         :raises FreezeFailed: if it is a name that is not known here
         """
-        label = self.description().findtext(
-            './seclabel[@model="dac"]/label')
+        label = self._dac_label()
         if not label:
             return None
         group = label.rpartition(':')[2]
@@ -344,6 +384,15 @@ class Guest:
             raise exception.FreezeFailed(
                 f'QEMU of {self.name} runs as the group {group}, which does '
                 f'not exist here') from error
+
+    def _dac_label(self) -> str:
+        """libvirt's DAC label: ``+uid:+gid``, or with names where an operator
+        wrote it (https://libvirt.org/formatdomain.html, seclabel).
+
+        A number is right also where libvirtd runs in another container.
+        """
+        return self.description().findtext(
+            './seclabel[@model="dac"]/label') or ''
 
     # Its jobs
 
@@ -373,8 +422,10 @@ class Guest:
             info = self._domain.blockJobInfo(target, 0)
         if not info:
             return None
-        mirror = self.description().find(
-            f'./devices/disk/target[@dev="{target}"]/../mirror')
+        mirror = next(
+            (found for element in self.description().findall('./devices/disk')
+             if disk.target_of(element) == target
+             and (found := element.find('mirror')) is not None), None)
         if mirror is None:
             return BlockJob('', '', False)
         source = mirror.find('source')
@@ -409,7 +460,7 @@ class Guest:
                               libvirt.VIR_ERR_OPERATION_INVALID):
                 return None
             raise
-        server = ElementTree.fromstring(description).find('./server')
+        server = _parsed(description).find('./server')
         return '' if server is None else server.get('socket', '')
 
     def end_backup(self, socket: str) -> None:
@@ -582,17 +633,30 @@ class Guest:
         with self._calling('Detach of a device'):
             self._domain.detachDeviceFlags(
                 device, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-        deadline = time.monotonic() + _DETACH_TIMEOUT_S
-        while self._has_device(device):
-            if time.monotonic() > deadline:
-                raise exception.FreezeFailed(
-                    f'{self.name} did not let go of a device within '
-                    f'{_DETACH_TIMEOUT_S:.0f} s: {device}')
-            time.sleep(0.1)
+        if not self._lets_go(device, _DETACH_TIMEOUT_S):
+            raise exception.FreezeFailed(
+                f'{self.name} did not let go of a device within '
+                f'{_DETACH_TIMEOUT_S:.0f} s: {device}')
 
-    def attach(self, device: str) -> None:
-        """Give a device back, unless the running guest has it."""
-        if self._has_device(device):
+    def _lets_go(self, device: str, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while self._has_device(device):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def attach(self, device: str, late_s: float = 0.0) -> None:
+        """Give a device back, unless the running guest has it.
+
+        :param late_s: how long it may take to let go of it yet, after it was
+            asked to: nothing takes that back
+        """
+        if not self._lets_go(device, late_s):
+            if late_s:
+                LOG.warning('%s has kept a device that it was asked to let '
+                            'go. If it does so later, its next start gives '
+                            'it back: %s', self.name, device)
             return
         with self._calling('Attach of a device'):
             self._domain.attachDeviceFlags(
@@ -665,7 +729,12 @@ class Guest:
         self.monitor('blockdev-set-active', active=True)
 
 
+def _parsed(xml: str) -> ElementTree.Element:
+    # No guest and no tenant writes it.
+    return ElementTree.fromstring(xml)  # nosec B314 # libvirt's own words
+
+
 def _host_address(device: str) -> dict[str, str]:
     """Which device of the host it is; where the guest sees it may change."""
-    address = ElementTree.fromstring(device).find('./source/address')
+    address = _parsed(device).find('./source/address')
     return {} if address is None else dict(address.attrib)

@@ -13,19 +13,33 @@
 """What a flow may ask of whoever runs it, beyond libvirt."""
 
 import contextlib
-import os
 import typing
+
+from nova_snapshot_ext import rights
 
 
 class Host(typing.Protocol):
     """The rights and habits of the program that takes a snapshot."""
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
-        """Change a file's owner; -1 leaves one as it is.
+    def let_group_pass(self, path: str, gid: int) -> None:
+        """Let a group pass through a directory of ours.
 
-        :param path: a file in a directory of ours, or a guest's own disk,
-            with no symbolic link in it
-        :raises OSError: if that is not allowed
+        :param path: of one that was just made, for its owner alone
+        :raises NotOurs: if that is not allowed
+        """
+
+    def take_socket(self, path: str) -> None:
+        """Make a socket that another user made our own.
+
+        :param path: in a directory of ours, for its owner alone
+        :raises NotOurs: if that is not allowed, or it is no socket
+        """
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
+        """Change the owner of a guest's disk; -1 leaves one as it is.
+
+        :param path: of a file or a block device, with no link in it
+        :raises NotOurs: if that is not allowed
         """
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
@@ -46,8 +60,15 @@ class Host(typing.Protocol):
 class PlainHost:
     """A host without Nova: the rights of the process, and no more."""
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
-        os.chown(path, uid, gid, follow_symlinks=False)
+    def let_group_pass(self, path: str, gid: int) -> None:
+        rights.let_group_pass(path, gid)
+
+    def take_socket(self, path: str) -> None:
+        rights.take_socket(path)
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
+        with rights.opened(path) as descriptor:
+            rights.give_disk(descriptor, path, uid, gid)
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
         return contextlib.nullcontext(True)

@@ -16,12 +16,16 @@ They are deleted whether it runs or not, and it is looked whether they are
 gone.
 """
 
+import collections.abc
+import contextlib
 import os
+import re
 import time
 import uuid
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import borrowed
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import power
@@ -31,6 +35,9 @@ from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 
+_NAME = re.compile('snapshot-ext-[0-9a-f]{32}')
+# Its guest is off meanwhile: after so many seconds it does better without.
+_TIMEOUT_S = 600
 # A snapshot counts every cluster anew, while the guest is stopped. QEMU's own
 # caches hold the tables of 256 GiB; these hold those of 1 TiB in use, and
 # take memory only as they fill.
@@ -49,8 +56,13 @@ def make(path: str, log: undo.UndoLog) -> str:
     :returns: its name
     """
     name = f'snapshot-ext-{uuid.uuid4().hex}'
-    log.push(delete_internal_snapshot, path=path, name=name)
-    _qemu_img_snapshot(log.surroundings, '-c', name, path)
+    with contextlib.ExitStack() as stack:
+        if not os.access(path, os.W_OK):
+            # libvirt gives the disk of a stopped guest to root where it could
+            # not remember whose it was.
+            stack.callback(borrowed.borrow(path, log).run)
+        log.push(delete_internal_snapshot, path=path, name=name)
+        _qemu_img_snapshot('-c', name, path)
     return name
 
 
@@ -65,8 +77,11 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
     The disk of a guest that is gone is left alone: it may be deleted at this
     moment, or another host's by now.
 
+    :param name: as :func:`make` gives them
     :raises SnapshotError: if it is still there
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'{name} is not a snapshot of ours')
     if around.owner_died:
         processes.end(name, 'qemu-img')
     for _ in range(5):
@@ -101,7 +116,8 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
                      name: str) -> None:
     guest = power.running_guest(around)
     if guest is None:
-        _qemu_img_snapshot(around, '-d', name, path)
+        with _own(around, path):
+            _qemu_img_snapshot('-d', name, path)
         return
     node = guest.format_node(path)
     if node is not None:
@@ -113,19 +129,27 @@ def _delete_snapshot(around: undo.Surroundings, path: str,
                       device=node['node-name'], name=name)
 
 
-def _qemu_img_snapshot(around: undo.Surroundings, action: str, name: str,
-                       path: str) -> None:
-    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+@contextlib.contextmanager
+def _own(around: undo.Surroundings,
+         path: str) -> collections.abc.Iterator[None]:
+    """Have a disk whose guest was stopped, and that libvirt gave to root.
+
+    Should this process die in here, it stays this user's until libvirt takes
+    it for the guest again.
+    """
     status = os.stat(path)
-    borrowed = not os.access(path, os.W_OK)
-    if borrowed:
-        # libvirt gives the disk of a stopped guest to root where it could
-        # not remember whose it was.
-        around.host.chown(os.path.realpath(path), os.getuid(), -1)
+    taken = not os.access(path, os.W_OK)
+    if taken:
+        around.host.give_disk(os.path.realpath(path), os.getuid(), -1)
     try:
-        qemu_img.run('snapshot', action, name, disks_.json_name(
-            disks_.layer_options(disks_.Layer(path, 'qcow2'))
-            | _TABLE_CACHES))
+        yield
     finally:
-        if borrowed:
-            around.host.chown(os.path.realpath(path), status.st_uid, -1)
+        if taken:
+            around.host.give_disk(os.path.realpath(path), status.st_uid, -1)
+
+
+def _qemu_img_snapshot(action: str, name: str, path: str) -> None:
+    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+    qemu_img.run('snapshot', action, name, disks_.json_name(
+        disks_.layer_options(disks_.Layer(path, 'qcow2')) | _TABLE_CACHES),
+        timeout=_TIMEOUT_S)

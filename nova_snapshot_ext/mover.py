@@ -161,6 +161,8 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     :param begin: waits until the image is wanted; gives the hash's algorithm
     """
     export = nbd.Export(options.unix, options.export, options.patience)
+    if options.size is not None:
+        export.check_size(options.size)
     if options.format == 'qcow2':
         # A size from hell must not take memory for its clusters first.
         qcow2.check_size(export.size)
@@ -216,6 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--unix', required=True,
                         help='path of the socket of the export')
     parser.add_argument('--export', required=True, help='its name')
+    parser.add_argument('--size', type=int,
+                        help='bytes that the disk has')
     parser.add_argument('--format', required=True, choices=sorted(FORMATS))
     parser.add_argument('--in-flight', type=_positive, default=8,
                         help='reads that are under way at most')
@@ -249,6 +253,8 @@ def main() -> typing.NoReturn:
         code = typing.cast(int, error.code)
     except BrokenPipeError:
         pass
+    except MemoryError:
+        _say(error='there is not enough memory for a disk of this size')
     except (nbd.NbdError, qcow2.TooLarge, OSError, ValueError) as error:
         _say(error=str(error))
     except BaseException:

@@ -37,6 +37,8 @@ REQUEST = 1024 ** 2
 _STRIDE = 128 * 1024 ** 2
 #: questions in flight: the server looks for extents while we mark others
 _QUESTIONS = 2
+#: sizes that differ by less are of one disk: QEMU counts sectors
+_SECTOR = 512
 #: buffers that are being written while as many requests as allowed are in
 #: flight
 _SPARE_BUFFERS = 2
@@ -54,8 +56,8 @@ class Export:
 
     def __init__(self, socket: str, name: str,
                  patience_s: float = 300) -> None:
-        """:param patience_s: seconds in which a server that is asked must
-            show some sign of life
+        """:param patience_s: seconds in which a server must answer what it
+            is asked
 
         :raises NbdError: if it can't be opened
         """
@@ -68,8 +70,9 @@ class Export:
             # A failed read ends us: nobody sees what a buffer held before.
             self._nbd.set_pread_initialize(False)
             self._nbd.aio_connect_unix(socket)
+            began = time.monotonic()
             while self._nbd.aio_is_connecting():
-                self._wait()
+                self._wait(began)
             #: bytes
             self.size: int = self._nbd.get_size()
             self._has_extents: bool = self._nbd.can_meta_context(
@@ -78,6 +81,15 @@ class Export:
             raise NbdError(
                 f'The export {name} of {socket} can not be opened: '
                 f'{error}') from error
+
+    def check_size(self, size: int) -> None:
+        """:param size: of the disk in bytes
+
+        :raises NbdError: if the export has another
+        """
+        if abs(self.size - size) >= _SECTOR:
+            raise NbdError(f'The export has {self.size} bytes, and the disk '
+                           f'{size}')
 
     def mark_data(self, clusters: clusters_.Clusters) -> None:
         """Mark what does not read as zeroes.
@@ -103,7 +115,7 @@ class Export:
                     return
                 question = flight.popleft()
                 while not self._nbd.aio_command_completed(question.cookie):
-                    self._wait()
+                    self._wait(question.asked)
                 if question.position < question.end:
                     flight.append(question.rest())
         except nbd.Error as error:
@@ -120,7 +132,7 @@ class Export:
         try:
             self._buffer.ask(self._nbd, (offset, length))
             while not self._buffer.is_filled(self._nbd):
-                self._wait()
+                self._wait(self._buffer.asked)
         except nbd.Error as error:
             raise _read_failed(error) from error
         return self._buffer.content
@@ -140,17 +152,22 @@ class Export:
         pipeline.start()
         return pipeline.results()
 
-    def _wait(self, most_s: float | None = None) -> None:
+    def _wait(self, since: float, most_s: float | None = None) -> None:
         """Let the connection go on.
 
+        A sign of life is no answer: a server could give one for ever.
+
+        :param since: when it was asked what is waited for
         :param most_s: come back after so many seconds at the latest
-        :raises NbdError: if the server gives no sign of life
+        :raises NbdError: if the server has had time enough to answer
         """
-        if most_s is not None and most_s < self._patience_s:
-            self._nbd.poll(int(most_s * 1000) + 1)
-        elif not self._nbd.poll(int(self._patience_s * 1000)):
+        left_s = since + self._patience_s - time.monotonic()
+        if left_s <= 0:
             raise NbdError(f'The server has not answered for '
                            f'{self._patience_s:.0f} s')
+        if most_s is not None:
+            left_s = min(left_s, most_s)
+        self._nbd.poll(int(left_s * 1000) + 1)
 
 
 def _read_failed(error: Exception) -> NbdError:
@@ -168,6 +185,7 @@ class _Question:
         self.end = end
         #: up to where there was an answer
         self.position = offset
+        self.asked = time.monotonic()
         self.cookie: int = handle.aio_block_status(
             end - offset, offset, self._mark)
 
@@ -206,6 +224,7 @@ class _Buffer:
         self._views: dict[int, tuple[memoryview, nbd.Buffer]] = {}
         self.offset = 0
         self.view = memoryview(self.content)
+        self.asked = 0.0
         self._cookie = 0
 
     def ask(self, handle: nbd.NBD, piece: Piece) -> None:
@@ -217,6 +236,7 @@ class _Buffer:
             view = memoryview(self.content)[:length]
             self._views[length] = view, nbd.Buffer.from_buffer(view)
         self.view, target = self._views[length]
+        self.asked = time.monotonic()
         self._cookie = handle.aio_pread(target, self.offset)
 
     def is_filled(self, handle: nbd.NBD) -> bool:
@@ -234,7 +254,8 @@ class _Pipeline(threading.Thread):
     def __init__(self, handle: nbd.NBD,
                  pieces: collections.abc.Iterator[Piece], in_flight: int,
                  tempo: tempos.Tempo,
-                 wait: collections.abc.Callable[[float | None], None],
+                 wait: collections.abc.Callable[
+                     [float, float | None], None],
                  ) -> None:
         super().__init__(daemon=True)
         self._nbd = handle
@@ -301,7 +322,7 @@ class _Pipeline(threading.Thread):
         :param wait_s: for so long at most, if it is more than 0
         """
         if not self._flight[0].is_filled(self._nbd):
-            self._wait(wait_s or None)
+            self._wait(self._flight[0].asked, wait_s or None)
             return
         self._read.put(self._flight.popleft())
         if not self._flight:

@@ -24,6 +24,8 @@ _POLL_S = 0.05
 # How long a managed save, or the restore, that its owner did not live to see
 # may take.
 _SAVE_TIMEOUT_S = 600.0
+# How long after it was asked to a guest may let go of a device.
+_LATE_S = 60.0
 # How long libvirt may keep such a call waiting for the domain's lock
 # (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
 _LOCK_WAIT_S = 35.0
@@ -72,7 +74,8 @@ def let_run(around: undo.Surroundings, guest: guests.Guest,
                 guest.start()
     elif was_running:
         with around.host.may_resume() as allowed:
-            if allowed and guest.state() is guests.State.PAUSED:
+            # Whoever paused it since has his reason.
+            if allowed and guest.is_paused_by_start():
                 guest.resume()
 
 
@@ -93,13 +96,15 @@ def _wait_until_started(guest: guests.Guest) -> None:
 @undo.step
 @undo.with_guest
 def attach_device(around: undo.Surroundings, guest: guests.Guest,
-                  device: str) -> None:
+                  device: str, life: int) -> None:
     """Give back a device of the host, once the guest runs again.
 
+    :param life: of the guest when it was asked to let go
     :raises UndoFailed: if the guest was not started yet
     """
     if guest.state() is not guests.State.SHUTOFF:
-        guest.attach(device)
+        # It was not stopped then: it may not have answered yet.
+        guest.attach(device, _LATE_S if guest.life() == life else 0.0)
     elif guest.has_managed_save():
         raise exception.UndoFailed(f'{guest.name} was not started')
 
@@ -140,7 +145,8 @@ class Stopped:
         self._was_running = guest.state() is guests.State.RUNNING
         self._devices = []
         for device in guest.host_devices():
-            self._devices.append(log.push(attach_device, device=device))
+            self._devices.append(log.push(
+                attach_device, device=device, life=guest.life()))
             guest.detach(device)
         self._start = log.push(start_guest)
         pause.begin()

@@ -26,8 +26,13 @@ CONVERT_LIMITS = processutils.ProcessLimits(
     address_space=8 * 1024 ** 3, core_file_size=0)
 
 
+#: seconds for what reads or writes headers and tables only: where that takes
+#: longer, storage hangs
+TIMEOUT_S = 120
+
+
 def run(*arguments: str, limits: processutils.ProcessLimits | None = None,
-        timeout: int | None = None,
+        timeout: int = TIMEOUT_S,
         cancellation: cancellations.Cancellation | None = None) -> str:
     """Run it to its end.
 

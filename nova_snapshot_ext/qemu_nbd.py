@@ -23,6 +23,7 @@ from nova_snapshot_ext import disk
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import processes
+from nova_snapshot_ext import rights
 from nova_snapshot_ext import undo
 
 _START_TIMEOUT_S = 30.0
@@ -33,8 +34,11 @@ _END_TIMEOUT_S = 5.0
 def end_server(around: undo.Surroundings, socket: str) -> None:
     """End the qemu-nbd of a socket; its command line tells which it is.
 
+    :param socket: in a directory of ours
     :raises UndoFailed: if it can't be ended
     """
+    if not rights.is_ours(os.path.dirname(socket)):
+        raise ValueError(f'{socket} is not a socket of ours')
     processes.end(f'--socket={socket}', f'qemu-nbd of {socket}')
     with contextlib.suppress(FileNotFoundError):
         os.unlink(socket)
@@ -62,7 +66,7 @@ def serving(
     command.append(disk.json_name(options))
     entry = log.push(end_server, socket=socket)
     with open(f'{socket}.log', 'w+') as messages:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # nosec B603 # no shell, names are ours
             command, stdin=subprocess.DEVNULL, stdout=messages,
             stderr=messages)
         try:

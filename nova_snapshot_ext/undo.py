@@ -37,6 +37,7 @@ from oslo_log import log as logging
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import rights
 
 LOG = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Entry:
         self._log._mark_done(self)
 
     def __str__(self) -> str:
-        return f'{self.name} {json.dumps(self.arguments)}'
+        return str(Pending(self.name, self.arguments, None))
 
 
 class UndoLog(contextlib.AbstractContextManager['UndoLog']):
@@ -135,9 +136,10 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         :raises GuestBusy: if another snapshot of the guest is in flight, or
             the way back of a dead one is not finished
         """
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        # Sockets may be made below it, which QEMU passes to.
+        rights.make_passable(directory)
         path = os.path.join(directory, guest.uuid + SUFFIX)
-        descriptor = _open_locked(path, os.O_CREAT, guest.name)
+        descriptor = open_locked(path, os.O_CREAT, guest.name)
         try:
             _give_to_owner_of(directory, descriptor)
             try:
@@ -177,10 +179,10 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         :raises FileNotFoundError: if there is none (any more)
         :raises ValueError: if it can't be understood
         """
-        descriptor = _open_locked(path, 0, path)
+        descriptor = open_locked(path, 0, path)
         try:
             found = read(path)
-            _drop_cut_line(descriptor)
+            drop_cut_line(descriptor)
             surroundings = Surroundings(
                 find_guest(found.uri, found.domain) if found.uri else None,
                 host, rebooted=found.boot_id != boot_id(), owner_died=True)
@@ -300,26 +302,38 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
                 self._append({'entry': entry.number, 'done': True})
 
     def _append(self, record: dict[str, typing.Any]) -> None:
-        line = json.dumps(record).encode() + b'\n'
-        # One write: a reader, or a crash, finds a whole line or a last one
-        # without its end, which was then not followed by its step.
-        if os.write(self._descriptor, line) != len(line):
-            _drop_cut_line(self._descriptor)
-            raise OSError(f'{self.path} could not be written')
-        os.fsync(self._descriptor)
+        append(self._descriptor, self.path, record)
 
 
-def _drop_cut_line(descriptor: int) -> None:
+def append(descriptor: int, path: str,
+           record: dict[str, typing.Any]) -> None:
+    """Append a line to a file of JSON lines, and flush it.
+
+    One write: a reader, or a crash, finds a whole line or a last one without
+    its end, which was then not followed by its step.
+
+    :raises OSError: if it could not be written whole; the file is as before
+    """
+    line = json.dumps(record).encode() + b'\n'
+    if os.write(descriptor, line) != len(line):
+        drop_cut_line(descriptor)
+        raise OSError(f'{path} could not be written')
+    os.fsync(descriptor)
+
+
+def drop_cut_line(descriptor: int) -> None:
     """Cut a last line without its end: what is appended would join it."""
     content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
     os.ftruncate(descriptor, content.rfind(b'\n') + 1)
 
 
-def _open_locked(path: str, flags: int, name: str) -> int:
+def open_locked(path: str, flags: int, name: str) -> int:
     """Open a log and take its lock, as long as it is the one in the folder.
 
     The lock goes with the last descriptor, and children get none: a lock
     that can be had says that its owner is dead.
+
+    :raises GuestBusy: if a living process has it
     """
     while True:
         descriptor = os.open(
@@ -356,6 +370,9 @@ class Pending:
                 f'No installed flow or transfer knows how to {self.step}')
         function(around, **self.arguments)
 
+    def __str__(self) -> str:
+        return f'{self.step} {json.dumps(self.arguments)}'
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -379,9 +396,7 @@ def read(path: str) -> Contents:
     :raises FileNotFoundError: if there is none
     :raises ValueError: if a whole line can't be understood
     """
-    with open(path, 'rb') as file:
-        lines = file.read().split(b'\n')[:-1]
-    records = [json.loads(line) for line in lines]
+    records = read_records(path)
     if not records:
         return Contents('', '', '', {})
     try:
@@ -395,21 +410,43 @@ def read(path: str) -> Contents:
             if record.get('done'):
                 pending.pop(record['entry'], None)
             else:
-                pending[record['entry']] = Pending(
-                    record['step'], record['arguments'],
-                    record.get('overdue'))
+                pending[_typed(record, 'entry', int)] = Pending(
+                    _typed(record, 'step', str),
+                    _typed(record, 'arguments', dict),
+                    record.get('overdue') and float(record['overdue']))
         return Contents(
-            head['uri'], head['domain'], head['boot_id'], pending)
-    except (KeyError, TypeError, AttributeError) as error:
+            _typed(head, 'uri', str), _typed(head, 'domain', str),
+            _typed(head, 'boot_id', str), pending)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f'{path} is not an undo log: {error}') from error
 
 
-def logs_in(directory: str) -> list[str]:
+def _typed(record: dict[str, typing.Any], name: str,
+           kind: type) -> typing.Any:
+    if type(record[name]) is not kind:
+        raise TypeError(f'{name} is {record[name]!r}')
+    return record[name]
+
+
+def read_records(path: str) -> list[typing.Any]:
+    """The whole lines of a file of JSON lines.
+
+    :raises ValueError: if one is not JSON
+    """
+    with open(path, 'rb') as file:
+        lines = file.read().split(b'\n')[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(f'{path} holds no JSON') from error
+
+
+def logs_in(directory: str, suffix: str = SUFFIX) -> list[str]:
     """The path of every log in a directory, which need not exist."""
     try:
         return sorted(os.path.join(directory, name)
                       for name in os.listdir(directory)
-                      if name.endswith(SUFFIX))
+                      if name.endswith(suffix))
     except FileNotFoundError:
         return []
 

@@ -18,17 +18,17 @@ import shutil
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rights
 from nova_snapshot_ext import undo
 
-_PREFIX = 'snapshot-ext-'
 #: how long the path of a directory may be that holds sockets: their own is
 #: limited to 107 bytes (unix(7)), and has our directory and a disk's name
-MAX_SOCKET_PARENT = 107 - len(f'/{_PREFIX}01234567/') - 12
+MAX_SOCKET_PARENT = 107 - len(f'/{rights.PREFIX}01234567/') - 12
 
 
 @undo.step
 def remove_directory(around: undo.Surroundings, path: str) -> None:
-    if not os.path.basename(path).startswith(_PREFIX):
+    if not rights.is_ours(path):
         raise ValueError(f'{path} is not a directory of ours')
     shutil.rmtree(path, ignore_errors=not os.path.lexists(path))
 
@@ -42,12 +42,12 @@ def make_directory(parent: str, log: undo.UndoLog,
         it: that of QEMU, for files that it opens by their path
     :returns: its path
     """
-    path = os.path.join(parent, _PREFIX + secrets.token_hex(4))
+    path = os.path.join(parent, rights.PREFIX + secrets.token_hex(4))
     log.push(remove_directory, path=path)
     os.mkdir(path, mode=0o700)
     if group is not None:
-        log.surroundings.host.chown(path, -1, group)
-        os.chmod(path, 0o710)
+        log.surroundings.host.let_group_pass(path, group)
+        rights.set_mode(path, 0o710)
     return path
 
 
@@ -55,10 +55,7 @@ def make_socket_directory(request: requests.Request, log: undo.UndoLog,
                           group: int | None = None) -> str:
     """As :func:`make_directory`, for sockets."""
     parent = request.socket_directory
-    os.makedirs(parent, mode=0o711, exist_ok=True)
-    # QEMU passes through it to the sockets that it makes.
-    if not os.stat(parent).st_mode & 0o001:
-        os.chmod(parent, 0o711)
+    rights.make_passable(parent)
     return make_directory(parent, log, group)
 
 
@@ -94,6 +91,26 @@ def check_socket_parent(path: str) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise exception.InvalidSetting(
             setting, path, f'user {os.getuid()} can not make it')
+
+
+def why_qemu_can_not_pass(path: str, uid: int | None) -> str | None:
+    """Why QEMU can't reach the sockets that it makes below a directory.
+
+    Seen is only what keeps out everybody but its owner. Its mode is its
+    owner's to choose; one that is missing is made right.
+
+    :param uid: that QEMU runs as, None if it is not known
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if status.st_mode & 0o011 or status.st_uid == uid:
+        return None
+    return str(exception.InvalidSetting(
+        '[snapshot_ext] socket_directory', path,
+        f'its mode {status.st_mode & 0o777:o} lets nobody but its owner '
+        f'pass, and QEMU has to (chmod o+x)'))
 
 
 def free_bytes(path: str) -> int:

@@ -33,12 +33,15 @@ import tqdm
 from nova_snapshot_ext import conf as confs
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
-from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import plugins
+from nova_snapshot_ext import recovery
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rights
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
+
+LOG = logging.getLogger(__name__)
 
 FAILED = 1
 USAGE = 2
@@ -115,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
                  'then power it off for good')
         command.add_argument('--json', action='store_true',
                              help='print one JSON document')
+    recover = commands.add_parser(
+        'recover', help='undo what dead processes left of their snapshots')
+    recover.add_argument('--dry-run', action='store_true',
+                         help='say what would be undone, and do nothing')
+    recover.add_argument(
+        '--force', action='store_true',
+        help='start guests that a snapshot stopped though Nova owns them')
     return parser
 
 
@@ -123,8 +133,12 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # oslo.concurrency starts Python with -m: not from where we happen to be.
     os.environ['PYTHONSAFEPATH'] = '1'
+    # libvirt prints errors by itself if it is let.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
     try:
         configuration = _configuration(options)
+        if options.command == 'recover':
+            return _recover(options, configuration)
         with _domain(options) as guest:
             return _COMMANDS[options.command](options, configuration, guest)
     except exception.GuestGone as error:
@@ -136,9 +150,15 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
         return _fail(error, REFUSED)
     except (exception.SnapshotError, OSError) as error:
         return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return _fail('it was interrupted', FAILED)
+    except Exception as error:
+        LOG.debug('It was not foreseen:', exc_info=True)
+        return _fail(f'{type(error).__name__}: {exception.shown(error)} '
+                     f'(not foreseen; --debug shows where)', FAILED)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: object, code: int) -> int:
     print(f'nova-snapshot: {error}', file=sys.stderr)
     return code
 
@@ -164,8 +184,6 @@ def _configuration(options: argparse.Namespace) -> typing.Any:
 
 @contextlib.contextmanager
 def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
-    # libvirt prints errors by itself if it is let.
-    libvirt.registerErrorHandler(lambda context, error: None, None)
     try:
         connection = libvirt.open(options.connect)
     except libvirt.libvirtError as error:
@@ -181,7 +199,8 @@ def _domain(options: argparse.Namespace) -> typing.Iterator[guests.Guest]:
 def _request(options: argparse.Namespace, configuration: typing.Any,
              guest: guests.Guest) -> requests.Request:
     staging = os.path.abspath(
-        options.staging or os.environ.get('TMPDIR') or '/var/tmp')
+        options.staging or os.environ.get('TMPDIR')
+        or '/var/tmp')  # nosec B108 # what is made there has its own directory
     state = configuration.state_directory or _state_directory()
     return requests.Request(
         image_format=getattr(options, 'format', 'qcow2'),
@@ -214,15 +233,26 @@ def _state_directory() -> str:
         path = os.path.join(nova, 'snapshot-ext')
         if not os.path.isdir(path):
             # Whoever makes it first, it is Nova's.
-            owner = os.stat(nova)
-            os.mkdir(path, mode=0o700)
-            os.chown(path, owner.st_uid, owner.st_gid)
+            rights.make_owners(path)
         return path
     if os.geteuid() == 0:
         return '/var/lib/nova-snapshot-ext'
     return os.path.join(
         os.environ.get('XDG_STATE_HOME')
         or os.path.expanduser('~/.local/state'), 'nova-snapshot-ext')
+
+
+def _recover(options: argparse.Namespace, configuration: typing.Any) -> int:
+    code = 0
+    directory = configuration.state_directory or _state_directory()
+    for found in recovery.recover(directory, options.dry_run, options.force):
+        words = f', {found.words}' if found.words else ''
+        print(f'{found.path}: {found.outcome.value}{words}')
+        for step in found.steps:
+            print(f'  {step}')
+        if found.outcome is recovery.Outcome.FAILED:
+            code = FAILED
+    return code
 
 
 def _flows(options: argparse.Namespace, configuration: typing.Any,
@@ -260,7 +290,8 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         planned = snapshot.plan(
             guest, wished, configuration.transfers, request)
         result = snapshot.take(
-            guest, hosts.PlainHost(), planned, request, service,
+            guest, recovery.host_for(guest, options.force), planned, request,
+            service,
             images.Description(
                 name=options.name or _default_name(guest),
                 disk_format=options.format, container_format='bare',

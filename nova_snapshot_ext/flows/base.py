@@ -70,8 +70,13 @@ def _why_not_one_of_ours(disk: disks_.Disk) -> str | None:
     if disk.kind not in ('file', 'block'):
         return (f'{disk.target} is a {disk.kind} disk, not a file or a '
                 f'block device')
+    if not disk.path:
+        return f'{disk.target} has no file or device in it'
     if disk.encrypted:
         return f'{disk.target} is encrypted: its image would hold plain text'
+    if disk.shared:
+        return (f'{disk.target} is shared: what other guests write to it can '
+                f'not be frozen')
     return None
 
 
@@ -110,6 +115,9 @@ def why_no_job_can_start(guest: guests.Guest, disks: Disks) -> str | None:
         why = _why_not_one_of_ours(disk)
         if why is not None:
             return why
+        if disk.transient:
+            return (f'{disk.target} is transient: what the guest wrote is '
+                    f'not in it')
     return why_block_job(guest, disks)
 
 

@@ -23,6 +23,7 @@ import contextlib
 import os
 
 from nova_snapshot_ext import backup_job
+from nova_snapshot_ext import borrowed
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
@@ -33,19 +34,6 @@ from nova_snapshot_ext import qemu_nbd
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
-
-
-@undo.step
-def restore_owner(around: undo.Surroundings, path: str, uid: int,
-                  gid: int) -> None:
-    """Give a disk back to whom it belonged, unless its guest runs.
-
-    libvirt owns the disks of a running guest; those of a guest that is gone
-    may be another host's by now.
-    """
-    if not power.is_gone(around) and power.running_guest(around) is None and (
-            os.path.exists(path)):
-        around.host.chown(path, uid, gid)
 
 
 class ColdFlow(base.Flow):
@@ -93,6 +81,9 @@ def _obstacle_to_stopping(guest: guests.Guest,
                 'stopped instead')
     if not guest.is_persistent():
         return 'the guest is transient: stopped, it would be gone'
+    if guest.state() is guests.State.PAUSED and guest.host_devices():
+        return ('it is paused, and has devices of the host that it can not '
+                'let go of meanwhile')
     why = (base.why_block_job(guest, guest.disks())
            or guest.why_not_savable())
     if why is not None:
@@ -183,8 +174,4 @@ class _Source:
                        log: undo.UndoLog) -> None:
         if not layer.block or os.access(layer.path, os.R_OK):
             return
-        path = os.path.realpath(layer.path)
-        status = os.stat(path)
-        log.push(restore_owner, path=path, uid=status.st_uid,
-                 gid=status.st_gid)
-        log.surroundings.host.chown(path, os.getuid(), -1)
+        borrowed.borrow(layer.path, log)

@@ -51,9 +51,13 @@ def end_copy(around: undo.Surroundings, guest: guests.Guest, target: str,
 
 @undo.step
 @undo.with_guest
-def resume_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
-    """Let a guest run on that we suspended."""
-    if guest.state() is guests.State.PAUSED:
+def resume_guest(around: undo.Surroundings, guest: guests.Guest,
+                 life: int) -> None:
+    """Let a guest run on that we suspended.
+
+    :param life: the guest's then
+    """
+    if guest.state() is guests.State.PAUSED and guest.life() == life:
         guest.resume()
 
 
@@ -171,7 +175,7 @@ def _end_at_one_instant(guest: guests.Guest, copies: list[_Copy],
     with contextlib.ExitStack() as stack:
         if len(copies) > 1 and guest.state() is guests.State.RUNNING:
             stack.enter_context(pause.measured())
-            stack.callback(log.push(resume_guest).run)
+            stack.callback(log.push(resume_guest, life=guest.life()).run)
             guest.suspend()
         for copy in copies:
             copy.end()

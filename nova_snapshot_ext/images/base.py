@@ -46,8 +46,12 @@ class Destination:
     image_id: str | None = None
     #: how often an upload is tried again when the connection breaks
     retries: int = 0
-    #: seconds in which it must take the next bytes of an upload
+    #: seconds in which it must take the next bytes of an upload, or answer
     send_timeout: int = 300
+    #: seconds in which it must answer when it has all bytes of an upload
+    answer_timeout: int = 3600
+    #: told the length of a body before its first byte is sent
+    announce: collections.abc.Callable[[int], None] = lambda length: None
     #: a directory, and how whoever set it knows it
     directory: str | None = None
     directory_setting: str = ''

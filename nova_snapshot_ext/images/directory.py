@@ -15,9 +15,12 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 
+from nova_snapshot_ext import beside
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import digest
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import image_bytes
@@ -27,9 +30,17 @@ from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
 
 
+#: seconds that the hash of an image may take: of 4 TiB by 200 MB/s
+_HASH_TIMEOUT_S = 6 * 3600
+_LOOK_S = 1.0
+_PART = re.compile(r'\.[0-9a-f]{16}(\.json)?')
+
+
 @undo.step
 def remove_part(around: undo.Surroundings, path: str) -> None:
     """Remove what was written under a temporary name."""
+    if not _PART.fullmatch(os.path.basename(path)):
+        raise ValueError(f'{path} is not a file of ours')
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
@@ -68,7 +79,8 @@ class DirectoryService(base.ImageService):
             try:
                 self._write(image, part, progress)
                 expected = image.digest('sha512')
-                if verify_hash and digest.of_file(part, 'sha512') != expected:
+                if verify_hash and _hash_of(
+                        part, image.length, progress) != expected:
                     raise exception.ImageServiceError(
                         f'{path} would not hold the bytes that were sent')
                 _write_document(document, description, image, expected)
@@ -88,6 +100,9 @@ class DirectoryService(base.ImageService):
 
     def _free_path(self, description: base.Description) -> str:
         name = description.name.replace('/', '_').lstrip('.') or 'image'
+        if not name.isprintable():
+            raise exception.InvalidSetting(
+                'image name', name, 'a file is named so')
         path = os.path.join(
             self._directory, f'{name}.{description.disk_format}')
         for taken in (path, f'{path}.json'):
@@ -100,7 +115,8 @@ class DirectoryService(base.ImageService):
     @staticmethod
     def _write(image: image_bytes.ImageBytes, path: str,
                progress: requests.Progress) -> None:
-        with image.open('sha512') as source, open(path, 'xb') as target:
+        with (image.open('sha512') as source,
+              open(path, 'xb', opener=_private) as target):
             shutil.copyfileobj(
                 base.CountedReader(source, image.length, progress), target,
                 1024 ** 2)
@@ -110,6 +126,34 @@ class DirectoryService(base.ImageService):
         if length != image.length:
             raise exception.ImageServiceError(
                 f'{length} bytes of {image.length} arrived in {path}')
+
+
+def _private(path: str, flags: int) -> int:
+    # An image holds all that a guest does.
+    return os.open(path, flags, 0o600)
+
+
+def _hash_of(path: str, length: int, progress: requests.Progress) -> str:
+    """The sha512 of a file; progress ends it, as it ends the writing.
+
+    :raises SnapshotError: what progress raises, or TransferFailed
+    """
+    cancellation = cancellations.Cancellation()
+
+    def look() -> bool:
+        try:
+            progress(length, length)
+        except exception.SnapshotError as error:
+            cancellation.cancel(error)
+        return True
+
+    with beside.repeated(look, _LOOK_S):
+        try:
+            return digest.of_file(path, 'sha512', timeout=_HASH_TIMEOUT_S,
+                                  cancellation=cancellation)
+        except exception.TransferFailed:
+            cancellation.check()
+            raise
 
 
 def _write_document(path: str, description: base.Description,
@@ -123,7 +167,7 @@ def _write_document(path: str, description: base.Description,
         'os_hash_value': sha512,
         'properties': description.properties,
     }
-    with open(path, 'x') as file:
+    with open(path, 'x', opener=_private) as file:
         json.dump(document, file, indent=2, sort_keys=True)
         file.write('\n')
         file.flush()

@@ -18,6 +18,8 @@ The exact size is announced before the first byte (Image API v2, PUT
 """
 
 import contextlib
+import hashlib
+import re
 import time
 import typing
 
@@ -48,6 +50,11 @@ _CHECK: dict[str, typing.Any] = {
     'connect_retries': 0,
     'status_code_retries': 0,
 }
+#: bytes of an answer; an image's document has some KiB
+_MOST_ANSWER = 4 * 1024 ** 2
+#: seconds that its body may take once it has begun
+_ANSWER_TIMEOUT_S = 60.0
+_ID = re.compile('[0-9A-Za-z-]{1,64}')
 _DELETED = ('deleted', 'pending_delete')
 #: what Glance hashes by if it is not told otherwise (hashing_algorithm)
 _USUAL_HASH = 'sha512'
@@ -72,6 +79,9 @@ _BROKEN = (
 )
 
 
+_shown = exception.shown
+
+
 class GlanceService(base.ImageService):
     """Fills an image that waits in Glance, or makes one."""
 
@@ -83,6 +93,8 @@ class GlanceService(base.ImageService):
         self._image_id = destination.image_id
         self._attempts = 1 + destination.retries
         self._send_timeout = destination.send_timeout
+        self._answer_timeout = destination.answer_timeout
+        self._announce = destination.announce
         #: the image whose deletion by others is news
         self._wanted = destination.image_id
 
@@ -91,7 +103,7 @@ class GlanceService(base.ImageService):
         if image_id is None:
             return
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 status = self._get(image_id, **_CHECK)['status']
         except exception.ImageGone:
             status = 'deleted'
@@ -135,12 +147,14 @@ class GlanceService(base.ImageService):
         return announced[-1]
 
     def _create(self, description: base.Description) -> str:
-        with _translated('a new image'):
-            response = self._request('POST', '/images', json={
+        with translated('a new image'):
+            image_id = _image_of(self._request('POST', '/images', json={
                 'name': description.name,
                 'disk_format': description.disk_format,
-                'container_format': description.container_format})
-        image_id: str = response.json()['id']
+                'container_format': description.container_format})).get('id')
+        if not (isinstance(image_id, str) and _ID.fullmatch(image_id)):
+            raise exception.ImageServiceError(
+                f'Glance made an image with the id {_shown(image_id)}')
         return image_id
 
     def _describe(self, image_id: str,
@@ -194,6 +208,7 @@ class GlanceService(base.ImageService):
 
     def _put(self, image_id: str, file: typing.BinaryIO, length: int,
              progress: requests.Progress, announced: list[int]) -> None:
+        self._announce(length)
         announced.append(length)
         try:
             self._request(
@@ -204,7 +219,7 @@ class GlanceService(base.ImageService):
                     'X-OpenStack-Image-Size': str(length)},
                 # urllib3 has the first one on the socket while it connects
                 # and sends. The answer takes as long as Glance's store.
-                timeout=(self._send_timeout, None),
+                timeout=(self._send_timeout, self._answer_timeout),
                 **_SENT_ONCE)
         except sdk_exceptions.ConflictException:
             # It waits for no bytes: those that it has are not of this body.
@@ -234,7 +249,7 @@ class GlanceService(base.ImageService):
         that came for the image; Nova deletes no active image.
         """
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 stored = self._settled(
                     image_id, _CUT_OFF_TIMEOUT_S, **_SHORTLY)
         except exception.ImageGone:
@@ -243,10 +258,11 @@ class GlanceService(base.ImageService):
             LOG.warning('Whether image %s is active with a part of its bytes '
                         'is not known: %s', image_id, error)
             return
-        if stored['status'] == 'active' and stored['size'] not in announced:
+        if stored['status'] == 'active' and (
+                stored.get('size') not in announced):
             LOG.warning(
                 'Image %s is active with %s bytes of %d; it is deleted',
-                image_id, stored['size'], announced[-1])
+                image_id, _shown(stored.get('size')), announced[-1])
             self._delete(image_id)
 
     def _verify(self, image_id: str, image: image_bytes.ImageBytes,
@@ -259,32 +275,39 @@ class GlanceService(base.ImageService):
             for attempt in attempts:
                 with attempt:
                     stored = self._get(image_id)
-        if stored['status'] != 'active' or stored['size'] != length:
+        size = stored.get('size')
+        # In Python, True is 1.
+        if stored['status'] != 'active' or type(size) is not int or (
+                size != length):
             raise exception.ImageDiffers(
-                f'Image {image_id} is {stored["status"]} with '
-                f'{stored["size"]} bytes; {length} were sent')
+                f'Image {image_id} is {_shown(stored["status"])} with '
+                f'{_shown(size)} bytes; {length} were sent')
         if not verify_hash:
             return
         algorithm = stored.get('os_hash_algo')
         if not algorithm:
             raise exception.ImageDiffers(
                 f'Glance gives no hash of image {image_id} to compare')
+        if not _is_hash(algorithm):
+            raise exception.ImageDiffers(
+                f'Glance gives a hash of image {image_id} that is not known '
+                f'here: {_shown(algorithm)}')
         expected = image.digest(algorithm)
         if stored.get('os_hash_value') != expected:
             raise exception.ImageDiffers(
                 f'Image {image_id} has the {algorithm} '
-                f'{stored.get("os_hash_value")}, and {expected} was sent')
+                f'{_shown(stored.get("os_hash_value"))}, and {expected} was '
+                f'sent')
 
     def _get(self, image_id: str,
              **arguments: typing.Any) -> dict[str, typing.Any]:
-        found: dict[str, typing.Any] = self._request(
-            'GET', f'/images/{image_id}', **arguments).json()
-        return found
+        return _image_of(
+            self._request('GET', f'/images/{image_id}', **arguments))
 
     def _delete(self, image_id: str) -> None:
         self._wanted = None
         try:
-            with _translated(f'image {image_id}'):
+            with translated(f'image {image_id}'):
                 self._request('DELETE', f'/images/{image_id}')
         except exception.ImageGone:
             pass
@@ -293,17 +316,22 @@ class GlanceService(base.ImageService):
 
     def _request(self, method: str, path: str,
                  **arguments: typing.Any) -> typing.Any:
-        """One request through the SDK's proxy: its auth, its session, its
-        time-outs; errors as the SDK raises them.
+        """One request through the SDK's proxy: its auth and its session;
+        errors as the SDK raises them.
         """
-        response = self._glance.request(path, method, **arguments)
+        if self._glance.session.timeout is None:
+            # Without [glance] timeout it would wait without end.
+            arguments.setdefault('timeout', self._send_timeout)
+        response = self._glance.request(
+            path, method, stream=True, **arguments)
+        _take_answer(response)
         sdk_exceptions.raise_from_response(response)
         return response
 
     @contextlib.contextmanager
     def _attempting(self, image_id: str) -> typing.Iterator[
             typing.Iterator['_Attempt']]:
-        with _translated(f'image {image_id}'):
+        with translated(f'image {image_id}'):
             yield self._attempts_of(image_id)
 
     def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
@@ -339,7 +367,11 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> typing.Iterator[None]:
+def translated(what: str) -> typing.Iterator[None]:
+    """Errors of the SDK, and of connections, as our own.
+
+    :param what: the request was about, for the message
+    """
     try:
         yield
     except sdk_exceptions.HttpException as error:
@@ -356,6 +388,49 @@ def _translated(what: str) -> typing.Iterator[None]:
             keystone_exceptions.ClientException) as error:
         raise exception.ImageServiceUnreachable(
             f'Glance can not be used for {what}: {error}') from error
+
+
+def _take_answer(response: http.Response) -> None:
+    """Read the body of an answer, as far as one of Glance's can go.
+
+    :raises ImageServiceError: if there is more, or it does not end
+    """
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    content = bytearray()
+    for chunk in response.iter_content(64 * 1024):
+        content += chunk
+        if len(content) > _MOST_ANSWER or time.monotonic() > deadline:
+            response.close()
+            raise exception.ImageServiceError(
+                f'Glance gives an answer of more than {_MOST_ANSWER} bytes, '
+                f'or for more than {_ANSWER_TIMEOUT_S:.0f} s')
+    # Where requests itself keeps what it has read of a stream.
+    response._content = bytes(content)
+
+
+def _image_of(response: http.Response) -> dict[str, typing.Any]:
+    """The image that an answer describes.
+
+    :raises ImageServiceError: if it describes none
+    """
+    try:
+        found = response.json()
+    except (ValueError, RecursionError) as error:
+        raise exception.ImageServiceError(
+            f'Glance gives an answer that is not JSON: '
+            f'{_shown(response.text)}') from error
+    if not (isinstance(found, dict) and isinstance(
+            found.get('status'), str)):
+        raise exception.ImageServiceError(
+            f'Glance gives an answer that is no image: {_shown(found)}')
+    return found
+
+
+def _is_hash(algorithm: object) -> bool:
+    # Those called shake need a length.
+    return (isinstance(algorithm, str)
+            and algorithm in hashlib.algorithms_available
+            and not algorithm.startswith('shake'))
 
 
 def _first_line(error: sdk_exceptions.HttpException) -> str:

@@ -150,6 +150,8 @@ class StreamedTransfer(base.Transfer):
                 f'--patience={request.read_timeout}',
                 f'--nice={0 if guest is None else _NICE}',
                 f'--token={token}']
+            if disk.capacity:
+                arguments.append(f'--size={disk.capacity}')
             if request.bandwidth:
                 arguments.append(
                     f'--bandwidth={request.bandwidth * 1024 ** 2}')

@@ -262,6 +262,58 @@ class SlowTest(base.CloudTestCase):
             self.assertNotIn(word, said)
 
 
+class DeadComputeTest(base.CloudTestCase):
+    """What a killed nova-compute leaves is seen to when it is started."""
+
+    def test_nova_compute_killed_during_a_snapshot(self):
+        self.configure(*SlowTest.RAW)
+        server = self.server()
+        image_id = self.request_snapshot(server)
+        self._kill_when_it_is_sent(server, image_id)
+        self.wait_writes(server)
+        self.assertIn(server.id, base.run(
+            'virsh', '-c', 'qemu:///system', 'list', '--persistent',
+            '--uuid'))
+        # And the next one works.
+        before = self.counter(server)
+        image = self.snapshot(server)
+        self.assert_good(image, before, self.wait_writes(server))
+
+    def test_nova_compute_killed_during_a_shelve(self):
+        self.configure(*SlowTest.RAW)
+        server = self.server()
+        self.compute.shelve_server(server)
+        name = f'{server.name}-shelved'
+        self.wait(lambda: self.cloud.image.find_image(name) is not None,
+                  'the image')
+        image = self.cloud.image.find_image(name)
+        self.addCleanup(self.cloud.image.delete_image, image.id,
+                        ignore_missing=True)
+        self._kill_when_it_is_sent(server, image.id)
+        # Nova had stopped it, and nobody else starts it.
+        self.assertEqual('shut off', self.domain_state(server))
+        self.compute.reboot_server(server, 'HARD')
+        self.wait_status(server, 'ACTIVE')
+        self.wait_writes(server)
+
+    def _kill_when_it_is_sent(self, server, image_id: str) -> None:
+        self.wait(lambda: self.cloud.image.get_image(
+            image_id).status == 'saving', 'the first bytes')
+        base.run(base.TOOL, 'restart-compute', '--kill')
+        self.wait_idle(server)
+        self.wait(lambda: self.cloud.image.find_image(
+            image_id, ignore_missing=True) is None, 'the image to go')
+        self.wait(lambda: not any(self.state_directory.iterdir()),
+                  'the records to go')
+        self.assert_host_is_clean()
+        [event] = [event for event in self.events(server)
+                   if event['event'] == base.EVENT]
+        self.assertEqual('Error', event['result'])
+        self.assertRegex(event['details'],
+                         f'nova-compute died.*image {image_id} was .*, and '
+                         f'is deleted')
+
+
 class RequestTest(base.CloudTestCase):
     """What tenants and operators may ask for."""
 

@@ -12,8 +12,11 @@
 
 """NBD exports that tests read: of files, and of disks made out of nothing."""
 
+import contextlib
 import pathlib
+import socket
 import subprocess
+import threading
 import time
 import typing as ty
 
@@ -131,6 +134,55 @@ class Nbdkit(Export):
     def _command(self) -> list[str]:
         return ['nbdkit', '--foreground', '--readonly', '--exit-with-parent',
                 '--unix', self.socket, *map(str, self._arguments)]
+
+
+class Liar(fixtures.Fixture):
+    """A server of a few words, the same to each client.
+
+    :ivar socket: its path
+    """
+
+    name = 'vda'
+
+    def __init__(self, words: bytes, every_s: float = 0,
+                 hang: bool = False) -> None:
+        """:param every_s: how long it takes for each byte
+
+        :param hang: leave the connection open when all is said
+        """
+        super().__init__()
+        self._words = words
+        self._every_s = every_s
+        self._hang = hang
+
+    def _setUp(self) -> None:
+        self.socket = str(pathlib.Path(self.useFixture(fixtures.TempDir(
+            rootdir='/var/tmp')).path) / 's')
+        self._ended = threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.socket)
+        self._listener.listen()
+        thread = threading.Thread(target=self._serve, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self._end)
+
+    def _end(self) -> None:
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client, contextlib.suppress(OSError):
+                    for byte in self._words:
+                        client.sendall(bytes([byte]))
+                        self._ended.wait(self._every_s)
+                    if self._hang:
+                        self._ended.wait()
 
 
 class Alternating(Nbdkit):

@@ -27,7 +27,7 @@ NOVA = ('<metadata><nova:instance xmlns:nova='
         '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
 
 
-class CommandLineTest(test_flows.SnapshotTestCase):
+class CommandTestCase(test_flows.SnapshotTestCase):
 
     def setUp(self):
         super().setUp()
@@ -46,6 +46,9 @@ class CommandLineTest(test_flows.SnapshotTestCase):
         self.assertEqual(expect, done.returncode, done.stderr)
         self.assertNotIn('Traceback', done.stderr)
         return done
+
+
+class CommandLineTest(CommandTestCase):
 
     def test_create_writes_an_image_and_its_document(self):
         guest = self.guest(guests.Disk('overlay'))

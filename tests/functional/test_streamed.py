@@ -90,9 +90,11 @@ class StreamedTestCase(testtools.TestCase):
             'copy_timeout': 60, 'convert_timeout': 60, **changes})
 
     @contextlib.contextmanager
-    def image(self, export: nbd_servers.Export, **changes: ty.Any,
+    def image(self, export: nbd_servers.Export | nbd_servers.Liar,
+              capacity: int = 0, **changes: ty.Any,
               ) -> ty.Iterator[image_bytes.ImageBytes]:
-        disk = frozen.FrozenDisk('vda', 0, export.socket, export.name)
+        """:param capacity: of the disk in bytes, 0 for what is exported"""
+        disk = frozen.FrozenDisk('vda', capacity, export.socket, export.name)
         request = self.request(**changes)
         self.assertIsNone(self.transfer.obstacle(request))
         with undo.UndoLog.create(str(self.directory), NoGuest(),
@@ -261,8 +263,47 @@ class TestFaults(StreamedTestCase):
         # One that hangs from the start.
         with testtools.ExpectedException(
                 exception.TransferFailed, '.*has not answered.*'):
-            with self.image(export, read_timeout=2):
-                pass
+            with self.image(export, read_timeout=2) as image:
+                image.open()
+
+    def test_export_of_another_size_is_refused(self):
+        export = self.useFixture(nbd_servers.Nbdkit('pattern', 'size=1M'))
+        for capacity in (MIB - 512, MIB + 512, 2 ** 62):
+            with testtools.ExpectedException(
+                    exception.TransferFailed,
+                    f'.*has {MIB} bytes, and the disk {capacity}'):
+                with self.image(export, capacity=capacity) as image:
+                    image.open()
+        with self.image(export, capacity=MIB, image_format='raw') as image:
+            image.open()
+            self.assertEqual(MIB, image.length)
+
+    def test_server_that_talks_nonsense_gives_one_error(self):
+        greeting = b'NBDMAGICIHAVEOPT'
+        # Flags of the handshake, then replies to nothing that was asked,
+        # of other types, and of a length that never comes.
+        replies = bytes.fromhex('0003' '0003e889045565a9') + os.urandom(8)
+        chance = random.Random(1)
+        for words in (b'', b'N', greeting, greeting + b'\0\3',
+                      greeting + replies, chance.randbytes(4096),
+                      greeting + b'\0\3' + chance.randbytes(4096),
+                      greeting + replies + b'\xff' * 64):
+            for hang in False, True:
+                export = self.useFixture(nbd_servers.Liar(words, hang=hang))
+                with testtools.ExpectedException(
+                        exception.TransferFailed, 'The mover failed: The .*'):
+                    with self.image(export, read_timeout=1) as image:
+                        image.open()
+
+    def test_server_that_drips_is_not_waited_for_without_end(self):
+        export = self.useFixture(nbd_servers.Liar(
+            b'NBDMAGICIHAVEOPT' * 100, every_s=0.5))
+        began = time.monotonic()
+        with testtools.ExpectedException(
+                exception.TransferFailed, '.*has not answered for 2 s.*'):
+            with self.image(export, read_timeout=2) as image:
+                image.open()
+        self.assertLess(time.monotonic() - began, 8)
 
     def test_image_can_be_opened_again_after_a_broken_upload(self):
         disk = self.directory / 'disk'

@@ -44,7 +44,10 @@ class Disk:
     :ivar at_once: how many extents an answer has at most
     :ivar bad: reads of these offsets fail
     :ivar answers_after_s: how long an answer takes
-    :ivar dumb: it gives no answer any more
+    :ivar dumb: it gives no answer any more, only signs of life
+    :ivar size: what it says that it has
+    :ivar answers: what it says that is where, in turn: how far from what it
+        was asked for it begins, and lengths and flags
     """
 
     def __init__(self, content: bytes,
@@ -58,6 +61,8 @@ class Disk:
         self.refuses = False
         self.dumb = False
         self.answers_after_s = 0.0
+        self.size: int | None = None
+        self.answers: list[tuple[int, list[int]]] | None = None
 
 
 disk = Disk(b'', [])
@@ -87,7 +92,7 @@ class NBD:
         return disk.dumb
 
     def get_size(self) -> int:
-        return len(disk.content)
+        return len(disk.content) if disk.size is None else disk.size
 
     def can_meta_context(self, name: str) -> bool:
         return disk.extents is not None
@@ -103,6 +108,9 @@ class NBD:
                     position < offset + count):
                 answer += [end - max(position, offset), flags]
             position = end
+        if disk.answers is not None:
+            away, answer = (disk.answers.pop(0) if disk.answers else (0, []))
+            offset += away
         callback('another:context', offset, [1, 0], None)
         if answer:
             callback(CONTEXT_BASE_ALLOCATION, offset, answer, None)
@@ -119,10 +127,12 @@ class NBD:
 
     def poll(self, timeout: int) -> int:
         if disk.dumb:
-            return 0
+            time.sleep(0.001)
+            return 1
         time.sleep(disk.answers_after_s)
         cookie, buffer, offset = self._sent.pop()
-        buffer.view[:] = disk.content[offset:offset + len(buffer.view)]
+        content = disk.content[offset:offset + len(buffer.view)]
+        buffer.view[:] = content.ljust(len(buffer.view), b'?')
         self._done.add(cookie)
         if offset in disk.bad:
             self._done.remove(cookie)

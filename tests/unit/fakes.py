@@ -17,6 +17,7 @@ They keep one journal, so that a test can tell what came before what.
 
 import collections.abc
 import contextlib
+import os
 import socket
 import typing
 from xml.etree import ElementTree
@@ -24,6 +25,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import rights
 
 UUID = '5ee7e4f9-6b1f-4d8a-8d7e-0a1b2c3d4e5f'
 URI = 'fake:///system'
@@ -99,6 +101,7 @@ class FakeDomain:
         self.persistent = True
         self.managed_save = False
         self.saved_state: list[int] = []
+        self.life = 1
         self.kib = 524288
         self.capacity = 1024 ** 2
         self.job = libvirt.VIR_DOMAIN_JOB_NONE
@@ -157,6 +160,11 @@ class FakeDomain:
     def state(self) -> list[int]:
         self._may_fail('state')
         return list(self.current_state)
+
+    def ID(self) -> int:
+        self._may_fail('state')
+        off = self.current_state[0] == libvirt.VIR_DOMAIN_SHUTOFF
+        return -1 if off else self.life
 
     def isPersistent(self) -> int:
         return int(self.persistent)
@@ -263,6 +271,7 @@ class FakeDomain:
             if paused else self.saved_state if self.managed_save
             else [libvirt.VIR_DOMAIN_RUNNING, 1])
         self.managed_save = False
+        self.life += 1
 
     def suspend(self) -> None:
         self._called('suspend')
@@ -290,7 +299,14 @@ class FakeHost:
         self.journal = journal
         self.allowed = True
 
-    def chown(self, path: str, uid: int, gid: int) -> None:
+    def let_group_pass(self, path: str, gid: int) -> None:
+        self.journal.append(f'chown {path} -1 {gid}')
+
+    def take_socket(self, path: str) -> None:
+        self.journal.append(f'chown {path} {os.getuid()} -1')
+        rights.take_socket(path)
+
+    def give_disk(self, path: str, uid: int, gid: int) -> None:
         self.journal.append(f'chown {path} {uid} {gid}')
 
     @contextlib.contextmanager

@@ -21,8 +21,10 @@ import libvirt
 from nova_snapshot_ext.cmd import snapshot as cmd
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import snapshot
+from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import fakes
 
@@ -51,7 +53,7 @@ class CommandTestCase(base.TestCase):
             'TMPDIR', self.staging))
         self.useFixture(fixtures.EnvironmentVariable('PYTHONSAFEPATH'))
         self.taken: list[tuple[typing.Any, ...]] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
 
     def take(self, *arguments: typing.Any,
@@ -70,6 +72,131 @@ class CommandTestCase(base.TestCase):
     def create(self, *arguments: str) -> int:
         return self.run_command('create', '--to', self.target, *arguments,
                                 'instance-00000001')
+
+
+@undo.step
+@undo.with_guest
+def demo_start(around: undo.Surroundings, guest: guests.Guest) -> None:
+    with around.host.may_start() as allowed:
+        if allowed:
+            guest.start()
+
+
+class TestRecover(CommandTestCase):
+
+    NOVA = ('<metadata><nova:instance xmlns:nova='
+            '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log = self.new_log()
+        self.log.push(demo_start)
+        self.domain.off()
+
+    def recover(self, *arguments: str) -> int:
+        return self.run_command('recover', *arguments)
+
+    def left(self) -> list[str]:
+        return sorted(os.listdir(self.state))
+
+    def test_what_a_dead_process_left_is_undone(self) -> None:
+        self.log.close()
+        self.assertEqual(0, self.recover())
+        self.assertEqual(['createWithFlags'], self.journal.of('create'))
+        self.assertEqual([], self.left())
+        self.assertEqual(f'{self.log.path}: done\n  demo_start {{}}\n',
+                         self.out.getvalue())
+        # By the URI that the log names.
+        self.assertEqual([fakes.URI], self.uris)
+
+    def test_dry_run_changes_nothing(self) -> None:
+        self.log.close()
+        with open(self.log.path, 'ab') as file:
+            file.write(b'{"cut')
+        before = os.stat(self.log.path)
+        self.assertEqual(0, self.recover('--dry-run'))
+        self.assertEqual([], self.journal.of('create'))
+        self.assertEqual(before, os.stat(self.log.path))
+        self.assertEqual(
+            f'{self.log.path}: would be done\n  demo_start {{}}\n',
+            self.out.getvalue())
+
+    def test_what_a_living_process_holds_is_left_alone(self) -> None:
+        for arguments in ((), ('--dry-run',)):
+            self.assertEqual(0, self.recover(*arguments))
+            self.assertIn('in flight', self.out.getvalue())
+        self.assertEqual([], self.journal.of('create'))
+
+    def test_guest_of_novas_is_started_by_force_only(self) -> None:
+        self.domain.rest = self.NOVA
+        self.log.close()
+        self.recover('--dry-run')
+        self.assertIn("Nova's", self.out.getvalue())
+        self.assertEqual(cmd.FAILED, self.recover())
+        self.assertIn('start nova-compute', self.out.getvalue())
+        self.assertEqual([], self.journal.of('create'))
+        # Nova's next start finds what it has to do.
+        self.assertEqual(1, len(undo.read(self.log.path).pending))
+        self.assertEqual(0, self.recover('--force'))
+        self.assertEqual(['createWithFlags'], self.journal.of('create'))
+
+    def test_nothing_is_started_after_a_reboot(self) -> None:
+        self.log.close()
+        self.patch_name('nova_snapshot_ext.undo.boot_id', lambda: 'another')
+        self.recover('--dry-run')
+        self.assertIn('before a reboot', self.out.getvalue())
+        self.assertEqual(0, self.recover('--force'))
+        self.assertEqual([], self.journal.of('create'))
+        self.assertEqual([], self.left())
+
+    def test_guest_may_be_gone(self) -> None:
+        self.log.close()
+        self.domain.connection.domains = ()
+        self.recover('--dry-run')
+        self.assertIn('the guest is gone', self.out.getvalue())
+        self.assertEqual(0, self.recover())
+        self.assertEqual([], self.left())
+
+    def test_log_that_makes_no_sense_stops_no_other(self) -> None:
+        self.log.close()
+        path = os.path.join(self.state, 'a.undo')
+        with open(path, 'w') as file:
+            file.write('{}\n')
+        for arguments in (('--dry-run',), ()):
+            self.assertEqual(cmd.FAILED, self.recover(*arguments))
+            self.assertIn(f'{path}: failed, it can not be understood',
+                          self.out.getvalue())
+        self.assertEqual(['createWithFlags'], self.journal.of('create'))
+        self.assertEqual(['a.undo'], self.left())
+
+    def test_libvirt_that_is_away_is_said(self) -> None:
+        self.log.close()
+        self.patch_name('nova_snapshot_ext.guard.find_guest',
+                        lambda uri, uuid: self.refuse())
+        self.assertEqual(cmd.FAILED, self.recover())
+        self.assertIn('no connection', self.out.getvalue())
+        self.assertEqual(1, len(self.left()))
+
+    def refuse(self) -> None:
+        raise fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT,
+                                  'no connection')
+
+    def test_there_may_be_nothing_to_do(self) -> None:
+        self.log.unwind()
+        self.assertEqual(0, self.recover())
+        self.assertEqual('', self.out.getvalue())
+
+    def test_snapshot_starts_no_guest_that_nova_stopped(self) -> None:
+        self.domain.rest = self.NOVA
+        self.log.close()
+        self.create()
+        [(guest, host, *_)] = self.taken
+        self.assertRaises(exception.UndoFailed, undo.finish_left_over,
+                          self.state, guest, host)
+        self.assertEqual([], self.journal.of('create'))
+        self.create('--force')
+        undo.finish_left_over(self.state, guest, self.taken[-1][1])
+        self.assertEqual(['createWithFlags'], self.journal.of('create'))
 
 
 class TestCreate(CommandTestCase):
@@ -344,12 +471,22 @@ class TestStateDirectory(base.TestCase):
         self.patch_name('os.path.isdir', lambda path: False)
         self.patch_name('os.stat', lambda path: os.stat_result(
             (0, 0, 0, 0, 42, 43, 0, 0, 0, 0)))
-        self.patch_name('os.mkdir', lambda path, mode: made.append(
-            (path, mode)))
-        self.patch_name('os.chown', lambda *owner: made.append(owner))
+        self.patch_name('nova_snapshot_ext.rights.make_owners', made.append)
         path = '/var/lib/nova/snapshot-ext'
         self.assertEqual(path, cmd._state_directory())
-        self.assertEqual([(path, 0o700), (path, 42, 43)], made)
+        self.assertEqual([path], made)
+
+
+class TestUnforeseen(CommandTestCase):
+
+    def test_it_is_one_line(self) -> None:
+        for error, said in (
+                (KeyError('a\nb'), "KeyError: 'a\\nb' (not foreseen"),
+                (KeyboardInterrupt(), 'it was interrupted')):
+            self.error = error
+            self.assertEqual(cmd.FAILED, self.create())
+            self.assertIn(said, self.err.getvalue())
+            self.assertEqual(1, self.err.getvalue().count('\n'))
 
 
 class TestDestination(CommandTestCase):

@@ -19,7 +19,6 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import cold
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import request as requests
-from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import doubles
 from tests.unit import fakes
@@ -83,6 +82,16 @@ class TestObstacle(ColdTestCase):
 
     def test_guest_that_may_not_be_stopped_is_left_alone(self) -> None:
         self.assertIn('Nova owns', self.obstacle(may_stop=False))
+
+    def test_paused_guest_can_let_go_of_no_device(self) -> None:
+        self.domain.devices = (
+            '<hostdev type="pci"><source><address bus="1"/></source>'
+            '</hostdev>')
+        self.assertEqual('', self.obstacle())
+        self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, 1]
+        self.assertIn('can not let go', self.obstacle())
+        self.domain.devices = ''
+        self.assertEqual('', self.obstacle())
 
     def test_stopped_guest_may_be_read_whatever_may_be_stopped(
             self) -> None:
@@ -322,20 +331,3 @@ class TestFreeze(ColdTestCase):
         self.domain.off()
         self.freeze()
         self.assertNotIn('force-share', self.nbd.options)
-
-
-class TestRestoreOwner(ColdTestCase):
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.around = undo.Surroundings(self.guest, self.host)
-
-    def test_owner_is_given_back_if_the_device_is_there(self) -> None:
-        self.domain.off()
-        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
-        cold.restore_owner(self.around, path='/none', uid=1, gid=2)
-        self.assertEqual([f'chown {self.path} 1 2'], self.journal)
-
-    def test_libvirt_owns_the_disks_of_a_running_guest(self) -> None:
-        cold.restore_owner(self.around, path=self.path, uid=1, gid=2)
-        self.assertEqual([], self.journal)

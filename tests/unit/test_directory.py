@@ -14,8 +14,10 @@ import hashlib
 import io
 import json
 import os
+import threading
 import typing
 
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
@@ -76,6 +78,44 @@ class TestDirectory(base.TestCase):
                 'properties': {'snapshot_ext_flow': 'cold'},
             }, json.load(document))
         self.assertEqual(2, len(os.listdir(self.target)))
+
+    def test_image_is_for_its_owner_alone(self) -> None:
+        old = os.umask(0)
+        self.addCleanup(os.umask, old)
+        self.publish()
+        self.assertEqual([0o600, 0o600], [
+            os.stat(os.path.join(self.target, name)).st_mode & 0o777
+            for name in os.listdir(self.target)])
+
+    def test_hash_is_ended_when_nobody_wants_the_image(self) -> None:
+        gone = exception.ImageGone('nobody wants it')
+        self.patch_name('nova_snapshot_ext.images.directory._LOOK_S', 0.01)
+
+        def of_file(path: str, algorithm: str, timeout: int,
+                    cancellation: cancellations.Cancellation) -> str:
+            self.assertEqual(6 * 3600, timeout)
+            ended = threading.Event()
+            self.fails = True
+            with cancellation.ending(ended.set):
+                self.assertTrue(ended.wait(10))
+            raise exception.TransferFailed('it was ended')
+        self.patch_name('nova_snapshot_ext.digest.of_file', of_file)
+        self.fails = False
+
+        def progress(done: int, total: int) -> None:
+            if self.fails:
+                raise gone
+        error = self.assertRaises(
+            exception.ImageGone, self.publish, verify_hash=True,
+            progress=progress)
+        self.assertIs(gone, error)
+        self.assertEqual([], os.listdir(self.target))
+
+    def test_name_of_more_than_one_line_is_refused(self) -> None:
+        for name in ('a\nb', 'a\0b', 'a\x1b[2J'):
+            error = self.assertRaises(
+                exception.InvalidSetting, self.publish, name)
+            self.assertTrue(str(error).isprintable())
 
     def test_image_appears_when_it_is_whole(self) -> None:
         seen: list[str] = []

@@ -33,6 +33,7 @@ from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
@@ -117,7 +118,7 @@ class DriverTestCase(base.TestCase):
         self.events: list[str] = []
         self.patch_name('nova.compute.utils.EventReporter', self.event)
         self.patch_name('nova_snapshot_ext.driver._image_service',
-                        lambda context, image_id: FakeService())
+                        lambda context, image_id, announce: FakeService())
         self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.snapshot',
@@ -233,6 +234,45 @@ class TestTaskStates(DriverTestCase):
                 instance_uuid=fakes.UUID, expected={}, actual={})
         self.assertRaises(nova_exception.UnexpectedDeletingTaskStateError,
                           self.snapshot, update)
+
+
+class TestInFlight(DriverTestCase):
+    """What the next nova-compute finds if this one dies."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.seen: list[in_flight.Snapshot] = []
+        self.patch_name('nova_snapshot_ext.snapshot.take', self.look)
+
+    def look(self, *arguments: object, **more: object) -> None:
+        [path] = in_flight.left_in(self.state)
+        self.seen.append(in_flight._understood(
+            path, undo.read_records(path))[0])
+        if self.error is not None:
+            raise self.error
+
+    def test_it_is_on_disk_for_as_long_as_the_snapshot(self) -> None:
+        context = nova_context.RequestContext(
+            'u', 'p', request_id='req-5ee7e4f9')
+        self.driver.snapshot(context, self.instance, uuids.image,
+                             self.update_task_state)
+        # As it was asked for, whatever it does meanwhile.
+        self.assertEqual([in_flight.Snapshot(
+            uuids.image, fakes.UUID, 'p', 'u', 'req-5ee7e4f9',
+            task_states.IMAGE_SNAPSHOT)], self.seen)
+        self.assertEqual([], in_flight.left_in(self.state))
+
+    def test_it_is_gone_when_nova_deletes_the_image(self) -> None:
+        self.error = exception.FreezeFailed('no socket')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        self.assertEqual(1, len(self.seen))
+        self.assertEqual([], in_flight.left_in(self.state))
+
+    def test_novas_own_snapshot_leaves_none(self) -> None:
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        os.rmdir(self.state)
+        self.snapshot()
+        self.assertFalse(os.path.exists(self.state))
 
 
 class TestErrors(DriverTestCase):
@@ -680,6 +720,24 @@ class TestRecovery(DriverTestCase):
             self.process(self.instance)
             self.assertIn('may start False', journal)
 
+    def test_guest_that_was_paused_meanwhile_is_not_resumed(self) -> None:
+        host = driver.NovaHost(self.driver, self.instance)
+        for state, may in ((vm_states.ACTIVE, True),
+                           (vm_states.PAUSED, False),
+                           (vm_states.STOPPED, False)):
+            self.current = self.instance.obj_clone()
+            self.current.vm_state = state
+            with host.may_resume() as allowed:
+                self.assertEqual(may, allowed, state)
+        # It was paused when it was stopped: it comes back as it was.
+        self.current.vm_state = vm_states.PAUSED
+        with host.may_start() as allowed:
+            self.assertTrue(allowed)
+
+    def test_nothing_is_resumed_that_nova_has_no_more(self) -> None:
+        with driver.NovaHost(self.driver, None).may_resume() as allowed:
+            self.assertFalse(allowed)
+
     def test_snapshot_of_a_living_process_is_left_alone(self) -> None:
         self.patch_name(
             'nova_snapshot_ext.driver._GUARDS_TIMEOUT_S', 0.0)
@@ -698,7 +756,8 @@ class TestRecovery(DriverTestCase):
         self.process(self.instance)
         self.assertIn('recovered instance-00000001', journal)
         self.assertTrue(os.path.exists(path))
-        self.assertIn('could not be finished', self.output.output)
+        self.assertIn(f'{path} says how to undo', self.output.output)
+        self.assertIn('undo by hand', self.output.output)
 
     def test_what_fails_goes_on_beside_novas_work(self) -> None:
         self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
@@ -760,6 +819,17 @@ class TestRecovery(DriverTestCase):
         self.instance.progress = 40
         self.process(self.instance)
         self.assertIn('no conductor', self.output.output)
+
+    def test_what_is_left_beyond_guests_is_seen_to_before_novas_own(
+            self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.reconcile.after_death',
+            lambda directory, instances: journal.append(
+                f'after death {directory == self.state} {len(instances)}'))
+        self.leave_log()
+        self.process(self.instance)
+        self.assertEqual('after death True 1', journal[-1])
+        self.assertIn('recovered instance-00000001', journal)
 
     def test_there_may_be_nothing_to_do(self) -> None:
         self.config(state_directory='/none', group='snapshot_ext')
@@ -849,8 +919,15 @@ class TestNovaHost(DriverTestCase):
 
     def test_owner_is_changed_by_novas_privileges(self) -> None:
         changed: list[object] = []
-        self.patch_name(
-            'nova.privsep.path.chown',
-            lambda path, uid, gid: changed.append((path, uid, gid)))
-        driver.NovaHost(self.driver, self.instance).chown('/d', 1, 2)
-        self.assertEqual([('/d', 1, 2)], changed)
+        for name in ('let_group_pass', 'take_socket', 'give_disk'):
+            self.patch_name(
+                f'nova_snapshot_ext.privileged.{name}',
+                lambda *arguments, name=name: changed.append(
+                    (name, *arguments)))
+        host = driver.NovaHost(self.driver, self.instance)
+        host.let_group_pass('/d', 2)
+        host.take_socket('/s')
+        host.give_disk('/d', 1, 2)
+        self.assertEqual(
+            [('let_group_pass', '/d', 2), ('take_socket', '/s'),
+             ('give_disk', '/d', 1, 2)], changed)

@@ -226,7 +226,7 @@ class GlanceTestCase(base.TestCase):
     def publish(self, image_id: str | None = IMAGE, retries: int = 2,
                 verify_hash: bool = False,
                 progress: requests.Progress = requests.no_progress,
-                send_timeout: int = 300,
+                send_timeout: float = 300,
                 **changes: typing.Any) -> images.Published:
         return glance.GlanceService(images.Destination(
             glance=self.proxy(), image_id=image_id, retries=retries,
@@ -410,6 +410,53 @@ class TestUpload(GlanceTestCase):
         self.patch_name('tests.unit.test_glance.Handler.upload', upload)
         self.publish(retries=0, send_timeout=1)
         self.assertEqual(1, self.uploads())
+
+    def test_answer_is_not_waited_for_without_end(self) -> None:
+        self.patch_name('tests.unit.test_glance.Handler.upload',
+                        lambda handler, body: self.server.stalled.wait(30))
+        service = glance.GlanceService(images.Destination(
+            glance=self.proxy(), image_id=IMAGE, answer_timeout=1))
+        self.assertRaisesRegex(
+            exception.ImageServiceUnreachable, 'timed out', service.publish,
+            self.image, self.description(), False, requests.no_progress,
+            self.log)
+        self.assertFalse(self.server.stalled.is_set())
+
+    def test_no_request_is_waited_for_without_end(self) -> None:
+        for key in ('GET', 'PATCH', 'DELETE', 'POST'):
+            self.server.images.clear()
+            self.server.add()
+            self.server.plan = {key: ['stall'] * 9}
+            self.server.seen.clear()
+            # What arrives differs, so the image is deleted.
+            self.server.short_by = int(key == 'DELETE')
+            image_id = None if key == 'POST' else IMAGE
+            self.assertRaises(
+                exception.ImageServiceError, self.publish, image_id,
+                retries=0, send_timeout=0.2)
+            self.assertIn(key, self.server.seen)
+        self.assertFalse(self.server.stalled.is_set())
+
+    def test_novas_own_time_out_goes_first(self) -> None:
+        self.server.plan['GET'] = ['stall'] * 9
+        proxy = self.proxy()
+        proxy.session.timeout = 0.2
+        service = glance.GlanceService(images.Destination(
+            glance=proxy, image_id=IMAGE))
+        self.assertRaises(
+            exception.ImageServiceUnreachable, service.publish, self.image,
+            self.description(), False, requests.no_progress, self.log)
+
+    def test_length_is_announced_before_it_is_sent(self) -> None:
+        announced: list[tuple[int, int]] = []
+        self.server.plan['PUT /file'] = [503]
+        glance.GlanceService(images.Destination(
+            glance=self.proxy(), image_id=IMAGE, retries=1,
+            announce=lambda length: announced.append(
+                (length, self.uploads())))).publish(
+                    self.image, self.description(), False,
+                    requests.no_progress, self.log)
+        self.assertEqual([(len(CONTENT), 0), (len(CONTENT), 1)], announced)
 
     def test_bytes_of_others_are_not_taken_for_ours(self) -> None:
         self.server.add(status='active', size=len(CONTENT))

@@ -12,6 +12,7 @@
 
 import io
 import os
+import signal
 import sys
 
 import fixtures
@@ -152,6 +153,19 @@ class TestBringBack(GuardTestCase):
         self.assertTrue(self.bring_back())
         self.assertEqual(['failing', 'failing'], journal)
 
+    def test_owner_that_dies_lets_go_of_its_log_in_a_moment(self) -> None:
+        waits: list[float] = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                self.log.close()
+        self.patch_name('time.sleep', wait)
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 1.0)
+        self.log.push(demo_guard_step, what='one')
+        self.assertTrue(self.bring_back())
+        self.assertEqual([0.05, 1.0, 1.5], waits)
+
     def test_libvirt_that_comes_back_is_waited_for(self) -> None:
         self.log.push(demo_guard_step, what='one')
         self.log.close()
@@ -248,8 +262,39 @@ class TestGuard(base.TestCase):
             # As if it died: its lock is free, and its undo was not run.
             os.close(log._descriptor)
             log._descriptor = -1
-        self.assertFalse(os.path.exists(path))
+            guarding._end()
+            self.assertFalse(os.path.exists(path))
+            self.assertFalse(os.path.exists(log.path))
+            log._entries.clear()
+
+    def test_living_owner_goes_on_with_what_failed(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
+        errors.extend([exception.UndoFailed('no'), exception.UndoFailed('no')])
+        journal.clear()
+        with guard.Guard() as guarding:
+            log = self.new_log()
+            guarding.watch(log)
+            log.push(demo_guard_step, what='failing')
+            self.assertRaises(exception.UndoFailed, log.unwind)
+        # The guard does not know this step: it was its owner.
+        process = guarding._process
+        assert process is not None
+        self.assertEqual(0, process.wait(30))
+        self.assertEqual(['failing'] * 3, journal)
         self.assertFalse(os.path.exists(log.path))
+
+    def test_what_its_owner_gives_up_is_not_the_guards(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_TIMEOUT_S', -1.0)
+        errors.extend([exception.UndoFailed('no'), exception.UndoFailed('no')])
+        with guard.Guard() as guarding:
+            log = self.new_log()
+            guarding.watch(log)
+            log.push(demo_guard_step, what='failing')
+            self.assertRaises(exception.UndoFailed, log.unwind)
+        process = guarding._process
+        assert process is not None
+        self.assertEqual(-signal.SIGKILL, process.wait(30))
+        self.assertEqual(1, len(undo.read(log.path).pending))
 
     def test_it_leaves_a_living_owner_alone(self) -> None:
         with guard.Guard() as guarding, self.new_log() as log:

@@ -20,31 +20,39 @@ from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import doubles
+from tests.unit import fakes
 
 
-class TestDelete(base.TestCase):
+MINE = 'snapshot-ext-' + 32 * 'a'
+
+
+class InternalSnapshotTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
         self.path = self.new_file('disk', base.qcow2_header())
+        self.domain.disks = fakes.disk_xml(self.path, 'qcow2')
         self.patch_name('time.sleep', lambda seconds: None)
         self.qemu_img = doubles.QemuImg(self.journal)
         self.patch_name('nova_snapshot_ext.qemu_img.run', self.qemu_img.run)
         self.patch_name('libvirt_qemu.qemuMonitorCommand',
                         self.qemu_img.monitor)
         self.qemu_img.path = self.path
-        self.qemu_img.snapshots = ['mine', 'theirs']
+        self.qemu_img.snapshots = [MINE, 'theirs']
+
+
+class TestDelete(InternalSnapshotTestCase):
 
     def delete(self, guest: object = 0, owner_died: bool = False) -> None:
         internal_snapshot.delete_internal_snapshot(
             undo.Surroundings(self.guest if guest == 0 else None, self.host,
                               owner_died=owner_died),
-            path=self.path, name='mine')
+            path=self.path, name=MINE)
 
     def test_qemu_img_of_a_dead_owner_is_ended_before_it_is_looked(
             self) -> None:
         # It makes the snapshot in the moment of its end.
-        self.qemu_img.snapshots.remove('mine')
+        self.qemu_img.snapshots.remove(MINE)
         self.domain.off()
 
         def end(argument: str, what: str) -> None:
@@ -54,7 +62,7 @@ class TestDelete(base.TestCase):
         self.delete()
         self.assertEqual([], self.journal)
         self.delete(owner_died=True)
-        self.assertEqual(['end mine', 'qemu-img snapshot -d'], self.journal)
+        self.assertEqual([f'end {MINE}', 'qemu-img snapshot -d'], self.journal)
 
     def test_running_guests_is_deleted_by_qemu(self) -> None:
         self.delete()
@@ -80,7 +88,7 @@ class TestDelete(base.TestCase):
 
     def test_file_of_a_guest_that_is_gone_is_left_alone(self) -> None:
         self.delete(None)
-        self.assertEqual(['mine', 'theirs'], self.qemu_img.snapshots)
+        self.assertEqual([MINE, 'theirs'], self.qemu_img.snapshots)
 
     def test_file_that_is_gone_has_none(self) -> None:
         os.unlink(self.path)
@@ -102,3 +110,52 @@ class TestDelete(base.TestCase):
         self.qemu_img.fails.add('monitor')
         self.delete()
         self.assertEqual(['theirs'], self.qemu_img.snapshots)
+
+    def test_nothing_else_is_deleted_or_ended(self) -> None:
+        around = undo.Surroundings(self.guest, self.host, owner_died=True)
+        for name in ('theirs', '-D', MINE + '0', ''):
+            self.assertRaises(
+                ValueError, internal_snapshot.delete_internal_snapshot,
+                around, path=self.path, name=name)
+        self.assertEqual([], self.journal)
+
+
+class TestMake(InternalSnapshotTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.off()
+        self.watch_flushes()
+        self.log = self.new_log()
+        self.journal.clear()
+
+    def steps(self) -> list[str]:
+        return self.journal.of('flushed', 'chown', 'qemu-img snapshot')
+
+    def test_disk_of_root_is_borrowed_with_its_way_back_in_the_log(
+            self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        status = os.stat(self.path)
+        internal_snapshot.make(self.path, self.log)
+        self.assertEqual(
+            ['flushed restore_owner', f'chown {self.path} {os.getuid()} -1',
+             'flushed delete_internal_snapshot', 'qemu-img snapshot -c',
+             f'chown {self.path} {status.st_uid} {status.st_gid}'],
+            self.steps())
+        self.assertEqual(1, self.log.pending)
+
+    def test_disk_goes_back_when_the_snapshot_can_not_be_made(self) -> None:
+        self.patch_name('os.access', lambda path, mode: False)
+        self.qemu_img.fails.add('-c')
+        self.assertRaises(exception.SnapshotError, internal_snapshot.make,
+                          self.path, self.log)
+        status = os.stat(self.path)
+        self.assertEqual(f'chown {self.path} {status.st_uid} {status.st_gid}',
+                         self.steps()[-1])
+
+    def test_disk_of_our_own_is_left_alone(self) -> None:
+        with self.log.scope():
+            internal_snapshot.make(self.path, self.log)
+        self.assertEqual(
+            ['flushed delete_internal_snapshot', 'qemu-img snapshot -c',
+             'qemu-img snapshot -d'], self.steps())

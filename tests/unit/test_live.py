@@ -300,14 +300,21 @@ class TestUndo(LiveTestCase):
         self.assertEqual([], self.journal)
 
     def test_guest_is_resumed_if_it_is_paused(self) -> None:
-        live.resume_guest(self.around)
+        live.resume_guest(self.around, life=1)
         self.assertEqual([], self.journal)
         self.guest.suspend()
-        live.resume_guest(self.around)
-        live.resume_guest(self.around)
+        live.resume_guest(self.around, life=1)
+        live.resume_guest(self.around, life=1)
         self.assertEqual(['suspend', 'resume'], self.journal)
 
     def test_guest_is_not_resumed_after_a_reboot(self) -> None:
         self.guest.suspend()
-        live.resume_guest(undo.Surroundings(self.guest, self.host, True))
+        live.resume_guest(undo.Surroundings(self.guest, self.host, True),
+                          life=1)
+        self.assertEqual(['suspend'], self.journal)
+
+    def test_guest_that_was_started_anew_was_paused_by_another(
+            self) -> None:
+        self.guest.suspend()
+        live.resume_guest(self.around, life=0)
         self.assertEqual(['suspend'], self.journal)

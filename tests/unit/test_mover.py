@@ -73,7 +73,7 @@ class MoverTestCase(base.TestCase):
         self.patch_name('tests.unit.fake_libnbd.disk', disk)
         path = os.path.join(self.directory, 'image')
         arguments = {'unix': '/s', 'export': 'vda', 'in_flight': 4,
-                     'patience': 60, **options}
+                     'patience': 60, 'size': None, **options}
         with open(path, 'wb') as file:
             mover.move(
                 argparse.Namespace(format=image_format, **arguments),
@@ -165,8 +165,49 @@ class TestMove(MoverTestCase):
             self) -> None:
         disk = fake_libnbd.Disk(b'x' * MIB, [(MIB, 0)])
         disk.dumb = True
-        self.assertRaisesRegex(nbd.NbdError, 'has not answered for 7 s',
-                               self.move, disk, 'raw', patience=7)
+        self.assertRaisesRegex(nbd.NbdError, 'has not answered for 1 s',
+                               self.move, disk, 'raw', patience=1)
+
+    def test_size_is_that_of_the_disk(self) -> None:
+        disk = fake_libnbd.Disk(b'x' * 4096, [(4096, 0)])
+        for size in (4096, 4096 - 511, 4096 + 511):
+            self.assertEqual(disk.content,
+                             self.move(disk, 'raw', size=size))
+        for size in (0, 4096 - 512, 4096 + 512, 2 ** 62):
+            self.assertRaisesRegex(
+                nbd.NbdError, f'has 4096 bytes, and the disk {size}',
+                self.move, disk, 'raw', size=size)
+
+    @test_clusters.SETTINGS
+    @hypothesis.given(
+        size=strategies.integers(0, 3 * MIB),
+        answers=strategies.lists(strategies.tuples(
+            strategies.sampled_from((0, 0, 0, 1, -512, MIB)),
+            strategies.lists(strategies.tuples(
+                strategies.integers(0, 2 ** 32) | strategies.sampled_from(
+                    (0, 1, 65536, MIB, 2 ** 63 - 1)),
+                strategies.integers(0, 7)), max_size=5).map(
+                    lambda extents: [number for extent in extents
+                                     for number in extent])),
+            max_size=12))
+    def check_liars(self, size: int,
+                    answers: list[tuple[int, list[int]]]) -> None:
+        for image_format in ('raw', 'qcow2'):
+            disk = fake_libnbd.Disk(b'x' * MIB, [(MIB, 0)])
+            disk.size, disk.answers = size, list(answers)
+            try:
+                image = self.move(disk, image_format)
+            except nbd.NbdError:
+                continue
+            self.assertEqual({'length': len(image)}, self.said[0])
+            self.assertEqual(len(image), self.said[-1]['written'])
+            if image_format == 'raw':
+                self.assertEqual(size, len(image))
+            else:
+                independent.Parsed(io.BytesIO(image))
+
+    def test_server_that_lies_gives_an_error_or_a_whole_image(self) -> None:
+        self.check_liars()
 
     def test_bandwidth_is_a_ceiling(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 8 * MIB, [(8 * MIB, 0)])

@@ -41,6 +41,15 @@ class TestRun(base.TestCase):
             exception.CommandFailed, 'qemu-img convert failed: it is full',
             qemu_img.run, 'convert', limits=qemu_img.CONVERT_LIMITS)
 
+    def test_it_is_not_waited_for_without_end(self) -> None:
+        limits = []
+        self.patch_name(
+            'nova_snapshot_ext.processes.run',
+            lambda *command, timeout, **more: limits.append(timeout))
+        qemu_img.run('info')
+        qemu_img.run('convert', timeout=7)
+        self.assertEqual([qemu_img.TIMEOUT_S, 7], limits)
+
     def test_it_ends_with_the_snapshot(self) -> None:
         self.program(f'echo $$ > {self.directory}/pid; exec sleep 50')
         cancelled = cancellation.Cancellation()

@@ -1,0 +1,123 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import fcntl
+import os
+
+import fixtures
+
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import in_flight
+from tests.unit import base
+
+SNAPSHOT = in_flight.Snapshot(
+    'image-1', 'server-1', 'project', 'user', 'req-1', 'image_snapshot')
+
+
+class TestRecord(base.TestCase):
+
+    def begin(self) -> in_flight.Record:
+        record = in_flight.Record.begin(self.state, SNAPSHOT)
+        self.addCleanup(record.close)
+        return record
+
+    def test_it_is_there_as_long_as_the_snapshot(self) -> None:
+        with self.begin() as record:
+            self.assertEqual([record.path], in_flight.left_in(self.state))
+        self.assertEqual([], in_flight.left_in(self.state))
+
+    def test_it_is_gone_after_an_error_that_nova_sees_to(self) -> None:
+        try:
+            with self.begin():
+                raise exception.FreezeFailed('no')
+        except exception.FreezeFailed:
+            pass
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_snapshot_does_not_fail_because_it_stays(self) -> None:
+        def refuse(path: str) -> None:
+            raise OSError('read-only')
+        with fixtures.MonkeyPatch('os.unlink', refuse), self.begin():
+            pass
+        self.assertIn('could not be deleted', self.output.output)
+        adopted = in_flight.Record.adopt(in_flight.left_in(self.state)[0])
+        assert adopted is not None
+        adopted.forget()
+
+    def test_what_a_dead_process_left_can_be_read(self) -> None:
+        with self.begin() as record:
+            record.announce(10)
+            record.announce(20)
+            record.close()
+            adopted = in_flight.Record.adopt(record.path)
+            assert adopted is not None
+            self.assertEqual((SNAPSHOT, [10, 20]),
+                             (adopted.snapshot, adopted.announced))
+            adopted.close()
+
+    def test_it_is_flushed_before_it_counts(self) -> None:
+        flushed: list[str] = []
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            real(descriptor)
+            flushed.append(os.readlink(f'/proc/self/fd/{descriptor}'))
+        self.patch_name('os.fsync', fsync)
+        record = self.begin()
+        self.assertEqual([record.path, self.state], flushed)
+        record.announce(1)
+        self.assertEqual([record.path, self.state, record.path], flushed)
+
+    def test_that_of_a_living_process_is_not_adopted(self) -> None:
+        record = self.begin()
+        self.assertRaises(exception.GuestBusy, in_flight.Record.adopt,
+                          record.path)
+        self.assertRaises(exception.GuestBusy, in_flight.Record.begin,
+                          self.state, SNAPSHOT)
+
+    def test_children_do_not_hold_it(self) -> None:
+        record = self.begin()
+        self.assertTrue(fcntl.fcntl(record._descriptor, fcntl.F_GETFD)
+                        & fcntl.FD_CLOEXEC)
+
+    def test_cut_at_any_byte_it_is_whole_or_had_not_begun(self) -> None:
+        record = self.begin()
+        record.announce(1234)
+        record.close()
+        with open(record.path, 'rb') as file:
+            content = file.read()
+        head = content.index(b'\n') + 1
+        for length in range(len(content) + 1):
+            with open(record.path, 'wb') as file:
+                file.write(content[:length])
+            adopted = in_flight.Record.adopt(record.path)
+            self.assertEqual(length >= head, adopted is not None, length)
+            self.assertEqual(length >= head, os.path.exists(record.path))
+            if adopted is not None:
+                self.assertEqual(SNAPSHOT, adopted.snapshot)
+                self.assertEqual(
+                    [1234] * (length == len(content)), adopted.announced)
+                adopted.forget()
+
+    def test_what_makes_no_sense_is_said_and_kept(self) -> None:
+        path = os.path.join(self.state, f'a{in_flight.SUFFIX}')
+        for content in (b'\xff\n', b'{\n', b'[]\n', b'3\n', b'{}\n',
+                        b'{"in_flight": 2}\n',
+                        b'{"in_flight": 1, "more": 1}\n'):
+            with open(path, 'wb') as file:
+                file.write(content)
+            self.assertRaises(ValueError, in_flight.Record.adopt, path)
+            with open(path, 'rb') as file:
+                self.assertEqual(content, file.read())
+
+    def test_there_may_be_none(self) -> None:
+        self.assertEqual([], in_flight.left_in('/none'))
