@@ -1,0 +1,25 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The tables of the documentation."""
+
+from tests.faults import results
+
+
+def summary(found: results.Results) -> str:
+    tries = found.tries
+    return (f'{len(tries)} faults; {sum(bool(t.harm) for t in tries)} guests '
+            f'harmed; {sum(not t.holds for t in tries)} that do not hold')
+
+
+def write(found: results.Results) -> None:
+    raise NotImplementedError
