@@ -21,7 +21,6 @@ import random
 import shutil
 import signal
 import time
-import typing
 
 import libvirt
 
@@ -444,5 +443,3 @@ def applicable(moments: dict[plan.Scenario, list[plan.Moment]],
         if fault.service == scenario.service
         and wanted(scenario, fault.name)
         for moment in found if fault.applies(moment)]
-
-
