@@ -143,11 +143,11 @@ def write(found: results.Results) -> None:
     DIRECTORY.mkdir(exist_ok=True)
     for old in DIRECTORY.glob('*.inc'):
         old.unlink()
-    made = [by_fault(found), by_way(found)]
-    if any(not each.holds for each in found.tries):
-        made.append(failing(found))
-    for each in made:
+    for each in (by_fault(found), by_way(found)):
         (DIRECTORY / f'{each.name}.inc').write_text(each.rst())
+    (DIRECTORY / 'failing.inc').write_text(
+        failing(found).rst() if any(not each.holds for each in found.tries)
+        else 'Nothing: every cell holds.\n')
     steps = [by_step(found, scenario).rst() for scenario in plan.SCENARIOS
              if any(t.scenario == scenario for t in found.tries)]
     (DIRECTORY / 'by-step.inc').write_text('\n'.join(steps))
