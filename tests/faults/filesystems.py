@@ -12,6 +12,7 @@
 
 """Small file systems that can be full, or read-only."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -70,18 +71,13 @@ class SmallFileSystem:
     def fill(self) -> None:
         """Leave no byte."""
         filler = os.open(self.path / _FILLER, os.O_WRONLY | os.O_CREAT)
+        size = 0
         try:
-            for chunk in (1024 ** 2, 4096):
-                # It buffers, and takes for free what it may have to refuse.
-                os.sync()
-                try:
-                    while os.write(filler, bytes(chunk)):
-                        pass
-                except OSError:
-                    pass
-            os.fsync(filler)
-        except OSError:
-            pass
+            for step in (1024 ** 2, 4096):
+                with contextlib.suppress(OSError):
+                    while True:
+                        os.posix_fallocate(filler, size, step)
+                        size += step
         finally:
             os.close(filler)
 
