@@ -63,6 +63,9 @@ class Cloud:
         self.compute.default_microversion = '2.90'
         self.images: typing.Any = self._connection.image
         self._setup: contestants.Setup | None = None
+        #: a small server that is off; what nova-compute does for the first
+        #: time since its start, it does with that
+        self.practice: typing.Any = None
 
     # Places
 
@@ -174,10 +177,23 @@ class Cloud:
         self._configure(contestants.Setup(setup.driver, (
             *setup.settings,
             f'snapshot_ext.scratch_directory={self.scratch}')))
+        self._practise()
         self._setup = setup
         progress.say(f'nova-compute restarted: {setup.driver} '
                      f'{" ".join(setup.settings)} '
                      f'({time.monotonic() - began:.0f} s)')
+
+    def _practise(self) -> None:
+        """Have nova-compute sign on, load what it needs, and start its
+        privileged helper (which reads consoles, too).
+        """
+        if self.practice is None:
+            return
+        self.compute.get_server_console_output(self.practice, 1)
+        image_id = self.request_snapshot(self.practice, None)
+        self.wait_active(image_id)
+        self.wait_status(self.practice, 'SHUTOFF')
+        self.delete_image(image_id)
 
     def _configure(self, setup: contestants.Setup) -> None:
         commands.run(

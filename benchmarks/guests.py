@@ -72,6 +72,31 @@ def upload_image(cloud: clouds.Cloud) -> None:
 
 
 @contextlib.contextmanager
+def practising(cloud: clouds.Cloud) -> collections.abc.Iterator[None]:
+    """Have a server for what nova-compute does after each start, see
+    :attr:`clouds.Cloud.practice`.
+    """
+    name = f'{clouds.PREFIX}practice'
+    with contextlib.ExitStack() as stack:
+        flavor = cloud.compute.create_flavor(
+            name=name, vcpus=1, ram=256, disk=1)
+        stack.callback(cloud.compute.delete_flavor, flavor)
+        server = cloud.compute.create_server(
+            name=name, networks='none', flavor_id=flavor.id,
+            image_id=cloud.images.find_image(
+                _IMAGE, ignore_missing=False).id)
+        stack.callback(_delete, cloud, server)
+        cloud.wait_status(server, 'ACTIVE')
+        cloud.compute.stop_server(server)
+        cloud.wait_status(server, 'SHUTOFF')
+        cloud.practice = server
+        try:
+            yield
+        finally:
+            cloud.practice = None
+
+
+@contextlib.contextmanager
 def writing(cloud: clouds.Cloud,
             data_gib: float) -> collections.abc.Iterator[Guest]:
     """Have a server with so much random data in its disk."""

@@ -88,10 +88,11 @@ class Run:
             return
         with cloud.ours(self._parameters.store == 'memory'):
             guests.upload_image(cloud)
-            self._take_main(cloud)
-            if 'growth' in parts:
-                for data_gib in self._parameters.growth_gib:
-                    self._take_growth(cloud, data_gib)
+            with guests.practising(cloud):
+                self._take_main(cloud)
+                if 'growth' in parts:
+                    for data_gib in self._parameters.growth_gib:
+                        self._take_growth(cloud, data_gib)
 
     def _take_main(self, cloud: clouds.Cloud) -> None:
         parameters = self._parameters

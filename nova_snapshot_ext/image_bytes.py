@@ -19,7 +19,7 @@ import typing
 class ImageBytes(abc.ABC):
     """An image's bytes, as a transfer gives them to an image service."""
 
-    #: the exact number of bytes
+    #: the exact number of bytes, of what was opened last
     length: int
     #: the bytes stay readable after the disk is thawed
     independent: bool
@@ -28,8 +28,7 @@ class ImageBytes(abc.ABC):
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         """The bytes from the first one on, as often as it is asked for.
 
-        What was opened before is no longer read. The length holds for what
-        was opened last.
+        What was opened before is no longer read.
 
         :param algorithm: the hash that :meth:`digest` will be asked for when
             all is read, so that it can be computed meanwhile

@@ -151,7 +151,7 @@ class MoverStream(io.RawIOBase):
             fcntl.fcntl(self._image, fcntl.F_SETPIPE_SZ, _PIPE)
         try:
             self._process = subprocess.Popen(
-                arguments, stdin=control,
+                arguments, stdin=control.fileno(),
                 stdout=subprocess.DEVNULL if discard else image,
                 stderr=status, cwd='/')
         except OSError as error:

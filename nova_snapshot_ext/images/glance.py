@@ -179,7 +179,6 @@ class GlanceService(base.ImageService):
         algorithm = _USUAL_HASH if verify_hash else None
         with self._attempting(image_id) as attempts:
             for attempt in attempts:
-                progress(0, image.length)
                 with attempt:
                     # Before it is opened: that may give another length.
                     status = self._settled(image_id)['status']
@@ -189,6 +188,7 @@ class GlanceService(base.ImageService):
                     # has read is gone, and the rest alone would be another
                     # image.
                     with image.open(algorithm) as file:
+                        progress(0, image.length)
                         self._put(image_id, file, image.length, progress,
                                   announced)
 

@@ -66,15 +66,14 @@ class StreamedImage(image_bytes.ImageBytes):
         self._last: mover_stream.MoverStream | None = None
         self._algorithm: str | None = None
 
-    def prepare(self) -> None:
-        """Find out about the length.
+    def start(self) -> None:
+        """Have the image laid out for whoever opens it first.
 
-        It waits for whoever opens first, so that extents are read once.
+        That takes a while, which others may use.
 
-        :raises TransferFailed: if the disk can't be read
+        :raises TransferFailed: if no mover can be run
         """
         self._waiting = self._start()
-        self.length = self._waiting.length
 
     def rest(self, rest: float) -> None:
         """Leave the disk alone for another part of the time from now on.
@@ -87,6 +86,7 @@ class StreamedImage(image_bytes.ImageBytes):
 
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         stream, self._waiting = self._waiting or self._start(), None
+        stream.prepare()
         stream.begin(algorithm)
         self._algorithm = algorithm
         # What the server knows of holes may change while the disk is frozen
@@ -98,6 +98,7 @@ class StreamedImage(image_bytes.ImageBytes):
         if algorithm != self._algorithm or self._last is None or (
                 self._last.digest is None):
             stream = self._start(discard=True)
+            stream.prepare()
             if stream.length != self.length:
                 raise exception.TransferFailed(
                     f'The image of {self.length} bytes can not be made again '
@@ -117,7 +118,6 @@ class StreamedImage(image_bytes.ImageBytes):
         self.close()
         self._last = mover_stream.MoverStream(
             [*self._arguments, f'--rest={self._rest}'], discard)
-        self._last.prepare()
         return self._last
 
 
@@ -161,5 +161,5 @@ class StreamedTransfer(base.Transfer):
             if guest is not None:
                 stack.enter_context(
                     pace.kept(guest, disk.target, share, image.rest))
-            image.prepare()
+            image.start()
             yield image

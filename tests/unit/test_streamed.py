@@ -11,8 +11,10 @@
 # under the License.
 
 import contextlib
+import os
 import sys
 import threading
+import time
 import typing
 
 from nova_snapshot_ext import exception
@@ -145,9 +147,17 @@ class TestStreamed(base.TestCase):
     def test_image_is_read_while_the_disk_is_frozen(self) -> None:
         with self.image() as image:
             self.assertFalse(image.independent)
-            self.assertEqual(5, image.length)
-            self.assertEqual(b'image', image.open().read())
+            with image.open() as file:
+                self.assertEqual(5, image.length)
+                self.assertEqual(b'image', file.read())
         self.assertEqual(1, len(self.started()), 'extents were read twice')
+
+    def test_disk_is_laid_out_before_anybody_asks(self) -> None:
+        with self.image():
+            deadline = time.monotonic() + 30
+            while not os.path.exists(f'{self.path}.log'):
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.01)
 
     def test_each_attempt_is_a_new_mover_from_the_first_byte_on(
             self) -> None:
@@ -189,6 +199,8 @@ class TestStreamed(base.TestCase):
 
     def test_unknown_hash_is_an_error(self) -> None:
         with self.image() as image:
+            with image.open() as file:
+                file.read()
             self.assertRaises(
                 exception.TransferFailed, image.digest, 'crc32')
 
@@ -244,5 +256,4 @@ class TestStreamed(base.TestCase):
             [pending] = undo.read(self.log.path).pending.values()
             for _ in range(2):
                 pending.run(undo.Surroundings(None, self.host))
-            self.assertRaises(
-                exception.TransferFailed, image.open().read)
+            self.assertRaises(exception.TransferFailed, image.open)
