@@ -74,13 +74,10 @@ def _run(options: argparse.Namespace) -> int:
     bench = harness.Bench()
     harmed = 0
     try:
-        scenarios = [each for each in plan.SCENARIOS if _wanted(
-            options, each)]
         moments = {}
-        for scenario in scenarios:
-            moments[scenario] = harness.Trial(bench, scenario, 0).walk()
-            found.walked(scenario, moments[scenario])
-            print(f'{scenario}: {len(moments[scenario])} steps', flush=True)
+        for scenario in plan.SCENARIOS:
+            if _wanted(options, scenario):
+                moments[scenario] = _steps(bench, scenario, found)
         cells = [cell for cell in harness.applicable(
             moments, lambda scenario, fault: not options.fault or any(
                 part in fault for part in options.fault))
@@ -111,6 +108,15 @@ def _run(options: argparse.Namespace) -> int:
         bench.close()
     print(report.summary(found))
     return int(any(not each.holds for each in found.tries))
+
+
+def _steps(bench: harness.Bench, scenario: plan.Scenario,
+           found: results.Results) -> list[plan.Moment]:
+    name = str(scenario)
+    if name not in found.steps:
+        found.steps[name] = harness.Trial(bench, scenario, 0).walk()
+        print(f'{name}: {len(found.steps[name])} steps', flush=True)
+    return found.steps[name]
 
 
 def _attempt(bench: harness.Bench, scenario: plan.Scenario,

@@ -43,6 +43,7 @@ _CLEAN_TIMEOUT_S = 60.0
 _AFTER_MEND_S = 3.0
 # What one command line may take, held steps and all
 _COMMAND_TIMEOUT_S = 180.0
+_USAGE = 2
 _SMALL = {'scratch': 160 * guests.MIB, 'staging': 160 * guests.MIB,
           'state': 4 * guests.MIB}
 
@@ -53,7 +54,6 @@ class Bench:
     """
 
     def __init__(self) -> None:
-        plugins.load_all()
         self._stack = contextlib.ExitStack()
         self.host = libvirtd.LibvirtFixture()
         self.host.setUp()
@@ -150,12 +150,24 @@ class Bench:
                   if path.name.startswith('.')]
         return found
 
-    def recover(self) -> None:
-        """What an operator does where nothing else undid it."""
-        for path in undo.logs_in(str(self.filesystems['state'].path)):
-            with contextlib.suppress(FileNotFoundError):
+    def recover(self, scenario: plan.Scenario) -> None:
+        """What an operator does where nobody is left to undo anything.
+
+        :raises AssertionError: if it fails
+        """
+        ended = self.runner.start([
+            '--config-file', str(self.configuration(scenario)), 'recover'],
+            {})
+        while ended.step() is not None:
+            ended.go()
+        if ended.code == _USAGE:
+            # It does not know that yet.
+            plugins.load_all()
+            for path in undo.logs_in(str(self.filesystems['state'].path)):
                 undo.UndoLog.adopt(
                     path, guard.find_guest, hosts.PlainHost()).unwind()
+        elif ended.code:
+            raise AssertionError(self.runner.said())
 
     def close(self) -> None:
         for each in self._subjects.values():
@@ -332,7 +344,7 @@ class Trial:
                     undo.logs_in(str(self.filesystems['state'].path))):
                 recovered = True
                 try:
-                    self.bench.recover()
+                    self.bench.recover(self.scenario)
                 except Exception as error:
                     self._wrong.append(f'recovery failed: {error}')
                     break

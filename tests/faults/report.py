@@ -100,10 +100,10 @@ def by_step(found: results.Results, scenario: plan.Scenario) -> table.Table:
     used = [(name, code) for name, code in codes().items()
             if any(name == fault for _, fault in cells)]
     rows = [
-        (f'{number} {step}', *(
-            cell(cells[number, name]) if (number, name) in cells else ''
+        (str(moment), *(
+            cell(tries) if (tries := cells.get((moment.number, name))) else ''
             for name, _ in used))
-        for number, step in enumerate(found.steps[str(scenario)], 1)]
+        for moment in found.steps[str(scenario)]]
     return table.Table(
         str(scenario).replace(', ', '-').replace(' ', '-'),
         str(scenario), ('Step', *(code for _, code in used)), rows)

@@ -32,17 +32,14 @@ Cell = tuple[plan.Scenario, plan.Moment, faults.Fault]
 class Results:
     """Everything of one run, or of several that add up.
 
-    :ivar steps: the names of the steps of each scenario, by its name
+    :ivar steps: of each scenario, by its name
     """
 
     begun: str = dataclasses.field(default_factory=lambda: (
         datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')))
-    steps: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    steps: dict[str, list[plan.Moment]] = dataclasses.field(
+        default_factory=dict)
     tries: list[plan.Try] = dataclasses.field(default_factory=list)
-
-    def walked(self, scenario: plan.Scenario,
-               moments: collections.abc.Sequence[plan.Moment]) -> None:
-        self.steps[str(scenario)] = [each.name for each in moments]
 
     def least_tried(self, cells: collections.abc.Sequence[Cell],
                     chance: random.Random) -> list[Cell]:
@@ -69,16 +66,27 @@ class Results:
         """Write all of it, whole or not at all."""
         new = path.with_name(f'{path.name}.new')
         new.write_text(json.dumps({
-            'begun': self.begun, 'steps': self.steps,
+            'begun': self.begun,
+            'steps': {name: [_flat(each) for each in found]
+                      for name, found in self.steps.items()},
             'tries': [dataclasses.asdict(each) for each in self.tries],
         }, indent=1) + '\n')
         os.replace(new, path)
 
 
+def _flat(moment: plan.Moment) -> dict[str, typing.Any]:
+    return dataclasses.asdict(moment) | {
+        'processes': sorted(moment.processes)}
+
+
 def load(path: pathlib.Path) -> Results:
     """Read what :meth:`Results.save` wrote."""
     saved: dict[str, typing.Any] = json.loads(path.read_text())
-    return Results(saved['begun'], saved['steps'], [
+    return Results(saved['begun'], {
+        name: [plan.Moment(**each | {
+            'processes': frozenset(each['processes'])}) for each in found]
+        for name, found in saved['steps'].items()
+    }, [
         plan.Try(**each | {
             'scenario': plan.Scenario(**each['scenario']),
             'harm': tuple(each['harm']), 'wrong': tuple(each['wrong'])})

@@ -79,7 +79,7 @@ class TestResults(base.TestCase):
 
     def test_saved_results_come_back(self) -> None:
         found = results.Results(tries=[tried(1, harm=('it is off',))])
-        found.walked(WAY, [moment(1), moment(2)])
+        found.steps[str(WAY)] = [moment(1), moment(2)]
         path = pathlib.Path(self.directory) / 'results.json'
         found.save(path)
         self.assertEqual(found, results.load(path))
@@ -116,7 +116,7 @@ class TestReport(base.TestCase):
 
     def test_rows_are_steps_and_columns_faults(self) -> None:
         found = results.Results(tries=[tried(2), tried(2, 'QEMU killed')])
-        found.walked(WAY, [moment(1), moment(2)])
+        found.steps[str(WAY)] = [moment(1), moment(2)]
         made = report.by_step(found, WAY)
         codes = report.codes()
         self.assertEqual(
