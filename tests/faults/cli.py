@@ -72,7 +72,6 @@ def _run(options: argparse.Namespace) -> int:
         found = results.load(options.results)
     begun = time.monotonic()
     bench = harness.Bench()
-    harmed = 0
     try:
         moments = {}
         for scenario in plan.SCENARIOS:
@@ -102,7 +101,6 @@ def _run(options: argparse.Namespace) -> int:
             if options.results is not None:
                 found.save(options.results)
             if tried.harm:
-                harmed += 1
                 bench.give_up(tried.scenario.guest)
     finally:
         bench.close()

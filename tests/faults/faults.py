@@ -44,6 +44,9 @@ class Scene(typing.Protocol):
     #: ``scratch``, ``staging``, ``state``
     filesystems: dict[str, filesystems.SmallFileSystem]
 
+    def start_libvirtd(self) -> None:
+        """Start it after it was killed, and look everything up anew."""
+
     def ours(self, kind: str) -> list[int]:
         """The processes of the snapshot of one kind: ``guard``, ``mover``,
         ``qemu-nbd``, ``qemu-img``."""
@@ -52,8 +55,8 @@ class Scene(typing.Protocol):
 Action = collections.abc.Callable[[Scene], None]
 
 
-def _nothing(scene: Scene) -> None:
-    pass
+def nothing(scene: Scene) -> None:
+    """What most faults need later, and nothing is mended."""
 
 
 def _always(moment: plan.Moment) -> bool:
@@ -70,16 +73,13 @@ class Fault:
     :ivar applies: whether it can come at a moment
     :ivar leaves: the state that the guest has to be in at the end, where
         that is not what it had
-    :ivar alone: nobody is left that could undo anything: recovery has to
-    :ivar service: the image service that it concerns
-    :ivar every: it is tried at every step, not only from where the service
-        is asked on
+    :ivar service: the image service that it is tried with
     """
 
     name: str
     inject: Action
-    later: Action = _nothing
-    mend: Action = _nothing
+    later: Action = nothing
+    mend: Action = nothing
     applies: collections.abc.Callable[[plan.Moment], bool] = _always
     leaves: str | None = None
     service: str = 'directory'
@@ -132,8 +132,7 @@ def _kill_libvirtd_and_command(scene: Scene) -> None:
 
 
 def _start_libvirtd(scene: Scene) -> None:
-    scene.libvirtd.start()
-    scene.subject.reconnect()
+    scene.start_libvirtd()
 
 
 def _kill_qemu(scene: Scene) -> None:
@@ -207,13 +206,10 @@ def _mending(name: str) -> Action:
 
 # Glance
 
-def _refusing(**refuse: int) -> Action:
-    return lambda scene: (scene.glance.tell(refuse=refuse), None)[1]
-
-
-def _refusing_bytes(status: int) -> Action:
-    return lambda scene: (
-        scene.glance.tell(refuse={'PUT /file': status}), None)[1]
+def _refusing(what: str, status: int) -> Action:
+    def refuse(scene: Scene) -> None:
+        scene.glance.tell(refuse={what: status})
+    return refuse
 
 
 def _cut(scene: Scene) -> None:
@@ -222,6 +218,11 @@ def _cut(scene: Scene) -> None:
 
 def _delete_image(scene: Scene) -> None:
     scene.glance.tell(delete=True)
+
+
+def _of_glance(said: str, inject: Action, later: Action = nothing,
+               mend: Action = nothing) -> Fault:
+    return Fault(f'Glance {said}', inject, later, mend, service='glance')
 
 
 FAULTS = (
@@ -245,19 +246,17 @@ FAULTS = (
                          ('state', 'undo log'))
       for how, action in (('full', _filling), ('read-only', _breaking))),
     Fault('host rebooted', _reboot_host, leaves='off'),
-    *(Fault(f'Glance {said}', *actions, service='glance')
-      for said, actions in (
-          ('killed', (lambda scene: scene.glance.kill(), _nothing,
-                      lambda scene: scene.glance.restart())),
-          ('stopped', (lambda scene: scene.glance.stop(),
-                       lambda scene: scene.glance.go_on())),
-          ('answers 401', (_refusing(**{'*': 401}),)),
-          ('answers 409', (_refusing_bytes(409),)),
-          ('answers 413', (_refusing_bytes(413),)),
-          ('answers 500', (_refusing(**{'*': 500}),)),
-          ('answers 503', (_refusing(**{'*': 503}),)),
-          ('cuts the connection', (_cut,)),
-          ('deletes the image', (_delete_image,)))),
+    _of_glance('killed', lambda scene: scene.glance.kill(),
+               mend=lambda scene: scene.glance.restart()),
+    _of_glance('stopped', lambda scene: scene.glance.stop(),
+               later=lambda scene: scene.glance.go_on()),
+    _of_glance('answers 401', _refusing('*', 401)),
+    _of_glance('answers 409', _refusing('PUT /file', 409)),
+    _of_glance('answers 413', _refusing('PUT /file', 413)),
+    _of_glance('answers 500', _refusing('*', 500)),
+    _of_glance('answers 503', _refusing('*', 503)),
+    _of_glance('cuts the connection', _cut),
+    _of_glance('deletes the image', _delete_image),
     Fault('command line killed, Glance', _kill_command, service='glance'),
 )
 BY_NAME = {fault.name: fault for fault in FAULTS}

@@ -100,10 +100,13 @@ class Bench:
         self._awake = None
         found.close()
 
-    def reconnected(self) -> None:
-        """libvirtd was restarted: every domain is looked up anew."""
+    def start_libvirtd(self) -> None:
+        """Start it after it was killed, and look every domain up anew."""
+        self.libvirtd.start()
+        if not self.host.connection.isAlive():
+            self.host.connection = self.libvirtd.connect()
         for each in self._subjects.values():
-            each.reconnect()
+            each.look_up()
 
     def configuration(self, scenario: plan.Scenario) -> pathlib.Path:
         path = self.libvirtd.path / f'{scenario.transfer}.conf'
@@ -209,6 +212,9 @@ class Trial:
         self._before = self.subject.guest.counter()
         self._wrong: list[str] = []
 
+    def start_libvirtd(self) -> None:
+        self.bench.start_libvirtd()
+
     def ours(self, kind: str) -> list[int]:
         return [pid for pid, found in self.bench.processes().items()
                 if found == kind]
@@ -269,7 +275,7 @@ class Trial:
         said = self.bench.runner.said()
         if 'Traceback' in said and self.command.code == 70:
             self._wrong.append(f'traceback: {said[-600:]}')
-        if fault.mend is not faults.FAULTS[0].mend:
+        if fault.mend is not faults.nothing:
             # The guest has to be whole although nothing was mended.
             self.subject.wait_state(
                 'running' if leaves == 'transient' else leaves, 20)
@@ -321,9 +327,7 @@ class Trial:
                 fault.later(self)
         if not told:
             fault.later(self)
-        if not self.libvirtd._running:
-            self.libvirtd.start()
-        self.bench.reconnected()
+        self.bench.start_libvirtd()
 
     def _mend(self, fault: faults.Fault) -> None:
         try:

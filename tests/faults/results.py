@@ -53,7 +53,7 @@ class Results:
         chance.shuffle(shuffled)
         turns: collections.Counter[tuple[plan.Scenario, str]] = (
             collections.Counter())
-        order = []
+        order: list[tuple[int, int, int]] = []
         for scenario, moment, fault in shuffled:
             turn = scenario, fault.name
             order.append((tried[scenario, moment.number, fault.name],

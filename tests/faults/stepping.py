@@ -35,6 +35,8 @@ import time
 import traceback
 import typing
 
+from oslo_concurrency import processutils
+
 from nova_snapshot_ext.cmd import snapshot as cli
 from nova_snapshot_ext import guard
 from nova_snapshot_ext import guest as guests
@@ -42,7 +44,6 @@ from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import directory
 from nova_snapshot_ext.images import glance
 from nova_snapshot_ext import plugins
-from nova_snapshot_ext import processes
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
 
@@ -146,7 +147,7 @@ class Steps:
         setattr(glance.GlanceService, '_request', requesting)
 
     def _watch_qemu_img(self) -> None:
-        execute = processes.processutils.execute
+        execute = processutils.execute
 
         def executing(*command: str, on_execute: Function,
                       **more: typing.Any) -> typing.Any:
@@ -156,7 +157,7 @@ class Steps:
                     self._hold(process, f'qemu-img {command[1]}')
             return execute(*command, on_execute=started, **more)
 
-        setattr(processes.processutils, 'execute', executing)
+        setattr(processutils, 'execute', executing)
 
     def _hold(self, process: typing.Any, name: str) -> None:
         """Hold qemu-img too, which would be at its end at once."""

@@ -15,6 +15,8 @@
 import collections.abc
 import dataclasses
 import json
+import pathlib
+import subprocess
 import time
 import typing
 
@@ -65,7 +67,6 @@ class Subject:
 
     def __init__(self, host: libvirtd.LibvirtFixture, kind: Kind) -> None:
         self._host = host
-        self._libvirtd = host.libvirtd
         self.kind = kind
         self.guest = guests.Guest(
             host, (guests.Disk(kind.disk, _SIZE),), mode=kind.mode,
@@ -83,13 +84,10 @@ class Subject:
         self._nodes = 0 if kind.off else len(self._block_nodes())
 
     def close(self) -> None:
-        self.reconnect()
         self.guest.cleanUp()
 
-    def reconnect(self) -> None:
-        """Look it up anew: its libvirtd was restarted, or it was defined."""
-        self._libvirtd.start()
-        self._host.connection = self._libvirtd.connect()
+    def look_up(self) -> None:
+        """Look it up by a new connection, if it is there."""
         try:
             self.guest.domain = self._host.connection.lookupByUUIDString(
                 self.guest.uuid)
@@ -218,7 +216,7 @@ class Subject:
             return
         # What a killed QEMU leaks, a check counts as leaked and not as an
         # error; it is no harm.
-        done = images.subprocess.run(
+        done = subprocess.run(
             ['qemu-img', 'check', '-U', '-f', 'qcow2', '--output=json',
              str(self.disk.path)], capture_output=True, text=True)
         if done.returncode not in (0, 3):
@@ -282,7 +280,7 @@ def _write_pattern(image: images.Image) -> None:
 
 def running() -> collections.abc.Iterator[tuple[int, list[str]]]:
     """Every process of the host, by its command line."""
-    for name in images.pathlib.Path('/proc').iterdir():
+    for name in pathlib.Path('/proc').iterdir():
         if name.name.isdigit():
             try:
                 words = (name / 'cmdline').read_bytes().split(b'\0')
