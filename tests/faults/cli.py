@@ -24,6 +24,8 @@ from tests.faults import plan
 from tests.faults import report
 from tests.faults import results
 
+# Steps that were not reached, one after the other
+_MISSED_AT_MOST = 5
 RESULTS = pathlib.Path(__file__).with_name('results.json')
 
 
@@ -71,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.results is not None and options.results.exists():
         found = results.load(options.results)
     begun = time.monotonic()
+    missed = 0
     bench = harness.Bench()
     try:
         moments = {}
@@ -91,6 +94,9 @@ def _run(options: argparse.Namespace) -> int:
                     time.monotonic() - begun > options.minutes * 60):
                 break
             tried = _attempt(bench, *cell, chance.randrange(2 ** 31))
+            missed = 0 if tried is not None else missed + 1
+            if missed > _MISSED_AT_MOST:
+                raise SystemExit('no step is reached any more')
             if tried is None:
                 print(f'{number}: not reached: {cell[0]}, {cell[1]}',
                       flush=True)

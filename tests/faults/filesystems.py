@@ -13,6 +13,7 @@
 """Small file systems that can be full, or read-only."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import subprocess
@@ -23,9 +24,22 @@ from tests.functional import libvirtd
 
 # Seconds for whoever has files open there to let them go
 _RELEASE_TIMEOUT_S = 20.0
+# linux/sched.h
+_CLONE_NEWNS = 0x00020000
 _FILLER = 'filler'
 #: what is no file of a snapshot
 OWN = (_FILLER, 'lost+found')
+
+
+def keep_mounts_private() -> None:
+    """Let nobody have a copy of what is mounted from now on.
+
+    A file system that was damaged stays so for as long as it is mounted
+    anywhere, and whoever makes a mount namespace gets all that is mounted.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), 'no mount namespace can be made')
+    images.run('mount', '--make-rprivate', '/')
 
 
 class SmallFileSystem:

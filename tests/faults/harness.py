@@ -54,6 +54,7 @@ class Bench:
     """
 
     def __init__(self) -> None:
+        filesystems.keep_mounts_private()
         self._stack = contextlib.ExitStack()
         self.host = libvirtd.LibvirtFixture()
         self.host.setUp()
