@@ -54,6 +54,9 @@ CALLS = ('save_memory', 'start', 'suspend', 'resume', 'begin_backup',
 #: what is worth being held at of qemu-img's commands
 COMMANDS = ('create', 'snapshot', 'convert')
 
+#: the exit code of one that ended by an error that it should have caught
+FAILED = 70
+
 Function = collections.abc.Callable[..., typing.Any]
 
 
@@ -81,7 +84,8 @@ class Steps:
             self._begun = True
             self.reached('log begun')
         elif 'done' in record:
-            self.reached(f'{self._names[record["entry"]]} done')
+            name = self._names.get(record['entry'], "a dead one's step")
+            self.reached(f'{name} done')
         else:
             self._names[record['entry']] = record['step']
             self.reached(f'{record["step"]} written')
@@ -188,9 +192,11 @@ def _child(path: str, wanted: dict[str, typing.Any]) -> int:
     try:
         Steps(path).install()
         return cli.main(wanted['arguments'])
+    except SystemExit as error:
+        return int(error.code or 0)
     except BaseException:
         traceback.print_exc()
-        return 70
+        return FAILED
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -39,7 +39,7 @@ _PATTERN = 0x5a
 _PATTERNS = tuple((_SIZE // 10 * place // images.AREA * images.AREA
                    + guests.MIB, 3 * guests.MIB) for place in range(9))
 # Between the guest's rounds: less work for it, where all has to be fast.
-_PACE_MS = 20
+_PACE_MS = 50
 # Seconds
 _STATE_TIMEOUT_S = 60.0
 
