@@ -12,9 +12,7 @@
 
 import contextlib
 import hashlib
-import http.server
 import io
-import json
 import threading
 import time
 import typing
@@ -28,140 +26,11 @@ from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import glance
 from nova_snapshot_ext import request as requests
+from tests import fake_glance
 from tests.unit import base
 
 CONTENT = bytes(range(256)) * 4096 * 3 + b'tail'
-IMAGE = 'c0ffee00-0000-4000-8000-000000000001'
-PREFIX = '/v2/images'
-
-
-class FakeGlance(http.server.ThreadingHTTPServer):
-    """As much of the Image API v2 as an upload needs.
-
-    :ivar plan: by method and what follows the image's id: what to do to the
-        next requests: a status, ``cut`` to break the connection, ``lost
-        answer`` to break it when all is done, ``older`` to take what came
-        for the image, ``stall`` to read nothing
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server_port}/v2/'
-        self.images: dict[str, dict[str, typing.Any]] = {}
-        self.plan: dict[str, list[object]] = {}
-        self.seen: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.bodies: list[bytes] = []
-        self.short_by = 0
-        self.wrong_hash = False
-        self.stalled = threading.Event()
-
-    def add(self, **properties: typing.Any) -> None:
-        self.images[IMAGE] = {
-            'id': IMAGE, 'status': 'queued', 'size': None, 'name': 'snap',
-            'disk_format': None, 'container_format': None, **properties}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    # Seconds; a body that is announced and does not come ends the test.
-    timeout = 5
-    server: FakeGlance
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def answer(self, status: int, document: object = None,
-               **headers: str) -> None:
-        body = b'' if document is None else json.dumps(document).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def handle_any(self) -> None:
-        if not self.path.startswith(PREFIX):
-            self.answer(200, {'versions': [{
-                'id': 'v2.17', 'status': 'CURRENT', 'links': [{
-                    'rel': 'self', 'href': self.server.url}]}]},
-                Connection='close')
-            return
-        path = self.path.removeprefix(PREFIX).removeprefix(f'/{IMAGE}')
-        key = f'{self.command} {path}'.strip()
-        self.server.seen.append(key)
-        planned = self.server.plan.get(key, [])
-        what = planned.pop(0) if planned else None
-        length = int(self.headers.get('Content-Length', 0))
-        if what == 'cut':
-            self.rfile.read(min(length, 1000))
-            self.close_connection = True
-            return
-        if what == 'stall':
-            self.server.stalled.wait(60)
-            self.close_connection = True
-            return
-        if what == 'older':
-            self.server.images[IMAGE].update(status='saving')
-        try:
-            body = self.rfile.read(length)
-        except TimeoutError:
-            body = b'less than was announced'
-            self.close_connection = True
-        if key == 'PUT /file':
-            self.server.headers.append(dict(self.headers))
-            self.server.bodies.append(body)
-        if len(body) < length:
-            # As Glance does: what was cut off is no image.
-            self.close_connection = True
-            if what == 'older':
-                self.upload(body)
-        elif what == 'lost answer':
-            self.upload(body)
-            self.close_connection = True
-        elif isinstance(what, int):
-            self.answer(what, {'message': 'no way'}, Location=self.path,
-                        **{'Retry-After': '0'})
-        elif self.command == 'POST':
-            self.server.add(**json.loads(body))
-            self.answer(201, self.server.images[IMAGE])
-        elif IMAGE not in self.server.images:
-            self.answer(404, {'message': 'not found'})
-        elif key == 'PUT /file':
-            self.upload(body)
-            self.answer(204)
-        elif self.command == 'PATCH':
-            self.patch(json.loads(body))
-            self.answer(200, self.server.images[IMAGE])
-        elif self.command == 'DELETE':
-            del self.server.images[IMAGE]
-            self.answer(204)
-        else:
-            self.answer(200, self.server.images[IMAGE])
-
-    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
-
-    def upload(self, body: bytes) -> None:
-        digest = hashlib.sha512(body).hexdigest()
-        self.server.images[IMAGE].update(
-            status='active', size=len(body) - self.server.short_by,
-            os_hash_algo='sha512',
-            os_hash_value='0' * 128 if self.server.wrong_hash else digest)
-
-    def patch(self, changes: list[dict[str, str]]) -> None:
-        image = self.server.images[IMAGE]
-        for change in changes:
-            name = change['path'][1:].replace('~1', '/').replace('~0', '~')
-            if (change['op'] == 'add') == (name in image):
-                raise AssertionError(change)
-            if change['op'] == 'remove':
-                del image[name]
-            else:
-                image[name] = change['value']
+IMAGE = fake_glance.IMAGE
 
 
 class Token(keystoneauth1.plugin.BaseAuthPlugin):
@@ -197,7 +66,7 @@ class GlanceTestCase(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.patch_name('nova_snapshot_ext.images.glance._RETRY_S', 0)
-        self.server = FakeGlance()
+        self.server = fake_glance.FakeGlance()
         thread = threading.Thread(
             target=self.server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -402,12 +271,12 @@ class TestUpload(GlanceTestCase):
         self.assertFalse(self.server.stalled.is_set())
 
     def test_answer_may_take_longer_than_the_bytes(self) -> None:
-        real = Handler.upload
+        real = fake_glance.Handler.upload
 
-        def upload(handler: Handler, body: bytes) -> None:
+        def upload(handler: fake_glance.Handler, body: bytes) -> None:
             threading.Event().wait(1.5)
             real(handler, body)
-        self.patch_name('tests.unit.test_glance.Handler.upload', upload)
+        self.patch_name('tests.fake_glance.Handler.upload', upload)
         self.publish(retries=0, send_timeout=1)
         self.assertEqual(1, self.uploads())
 
@@ -597,7 +466,7 @@ class TestVerify(GlanceTestCase):
         for status in ('queued', 'saving', 'killed'):
             self.server.add()
             self.patch_name(
-                'tests.unit.test_glance.Handler.upload',
+                'tests.fake_glance.Handler.upload',
                 lambda handler, body: handler.server.images[IMAGE].update(
                     status=status, size=len(body)))
             self.assertRaisesRegex(
@@ -617,7 +486,7 @@ class TestVerify(GlanceTestCase):
 
     def test_missing_hash_is_refused(self) -> None:
         self.patch_name(
-            'tests.unit.test_glance.Handler.upload',
+            'tests.fake_glance.Handler.upload',
             lambda handler, body: handler.server.images[IMAGE].update(
                 status='active', size=len(body)))
         self.assertRaisesRegex(
