@@ -112,7 +112,7 @@ Possible values:
 """),
     cfg.IntOpt(
         'guest_share',
-        default=80,
+        default=60,
         min=0,
         max=99,
         help="""

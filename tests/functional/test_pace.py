@@ -92,8 +92,8 @@ class PaceTest(test_flows.SnapshotTestCase):
 
     def test_guest_keeps_its_share_while_its_disk_is_read(self):
         found: dict[int | None, list[float]] = {
-            None: [], 0: [], 80: [], 95: []}
-        speeds: dict[int, list[float]] = {0: [], 80: [], 95: []}
+            None: [], 0: [], 60: [], 95: []}
+        speeds: dict[int, list[float]] = {0: [], 60: [], 95: []}
         for _ in range(3):
             found[None].append(self.rounds())
             for share, read in speeds.items():
@@ -102,7 +102,7 @@ class PaceTest(test_flows.SnapshotTestCase):
                 read += speed
         idle, *read = [statistics.median(each) for each in found.values()]
         starved, usual, most = [each / idle for each in read]
-        print('guest_share 0, 80, 95: the guest kept '
+        print('guest_share 0, 60, 95: the guest kept '
               f'{starved:.0%}, {usual:.0%}, {most:.0%} of {idle:.0f} rounds '
               'a second, and ' + ', '.join(
                   f'{statistics.median(each):.0f}'
