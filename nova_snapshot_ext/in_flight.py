@@ -95,7 +95,6 @@ class Record(contextlib.AbstractContextManager['Record']):
         """
         descriptor = undo.open_locked(path, 0, path)
         try:
-            undo.drop_cut_line(descriptor)
             records = undo.read_records(path)
             if not records:
                 os.unlink(path)
