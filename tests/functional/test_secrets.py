@@ -18,9 +18,9 @@ import threading
 
 import fixtures
 
+from tests import fake_glance
 from tests.functional import guests
 from tests.functional import test_cli
-from tests.unit import test_glance
 
 TOKEN = 'gAAAAA-this-is-the-token-of-the-operator'
 
@@ -29,7 +29,7 @@ class SecretsTest(test_cli.CommandTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.server = test_glance.FakeGlance()
+        self.server = fake_glance.FakeGlance()
         thread = threading.Thread(target=self.server.serve_forever,
                                   daemon=True)
         thread.start()

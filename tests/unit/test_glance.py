@@ -281,7 +281,7 @@ class TestUpload(GlanceTestCase):
         self.assertEqual(1, self.uploads())
 
     def test_answer_is_not_waited_for_without_end(self) -> None:
-        self.patch_name('tests.unit.test_glance.Handler.upload',
+        self.patch_name('tests.fake_glance.Handler.upload',
                         lambda handler, body: self.server.stalled.wait(30))
         service = glance.GlanceService(images.Destination(
             glance=self.proxy(), image_id=IMAGE, answer_timeout=1))

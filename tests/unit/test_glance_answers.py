@@ -26,6 +26,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import glance
 from nova_snapshot_ext import request as requests
+from tests import fake_glance
 from tests.unit import base
 from tests.unit import test_glance
 
@@ -151,13 +152,13 @@ class TestAnyAnswer(base.TestCase):
 class TestHash(test_glance.GlanceTestCase):
 
     def test_hash_that_can_not_be_compared_is_none(self) -> None:
-        real = test_glance.Handler.upload
+        real = fake_glance.Handler.upload
 
-        def upload(handler: test_glance.Handler, body: bytes) -> None:
+        def upload(handler: fake_glance.Handler, body: bytes) -> None:
             real(handler, body)
             handler.server.images[test_glance.IMAGE].update(
                 os_hash_algo=algorithm)
-        self.patch_name('tests.unit.test_glance.Handler.upload', upload)
+        self.patch_name('tests.fake_glance.Handler.upload', upload)
         algorithm: object
         for algorithm in ('crc32', 'shake_128', ['sha512'], {}, 512, True):
             self.server.add()

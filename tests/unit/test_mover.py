@@ -221,9 +221,12 @@ class TestMove(MoverTestCase):
         disk.answers_after_s = 0.01
         took = []
         for rest in (0.0, 0.75):
-            began = time.monotonic()
-            self.move(disk, 'raw', tempo=tempos.Tempo(rest=rest))
-            took.append(time.monotonic() - began)
+            tries = []
+            for _ in range(3):
+                began = time.monotonic()
+                self.move(disk, 'raw', tempo=tempos.Tempo(rest=rest))
+                tries.append(time.monotonic() - began)
+            took.append(min(tries))
         self.assertGreaterEqual(took[1], took[0] * 2)
 
     def test_time_without_a_rest_is_not_made_up_for(self) -> None:
