@@ -261,6 +261,14 @@ class Guest:
                 libvirt.VIR_DOMAIN_SHUTOFF,
                 libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
 
+    def id(self) -> str | None:
+        """What libvirt numbers this run of it by, None while it is off.
+
+        One that was destroyed and started again has another. libvirt.virDomain
+        has the one of when it was looked up; the XML has that of now.
+        """
+        return self.description().get('id')
+
     def is_persistent(self) -> bool:
         with self._calling('Persistence'):
             return bool(self._domain.isPersistent())

@@ -51,9 +51,14 @@ def end_copy(around: undo.Surroundings, guest: guests.Guest, target: str,
 
 @undo.step
 @undo.with_guest
-def resume_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
-    """Let a guest run on that we suspended."""
-    if guest.state() is guests.State.PAUSED:
+def resume_guest(around: undo.Surroundings, guest: guests.Guest,
+                 domain_id: str | None = None) -> None:
+    """Let a guest run on that we suspended, unless it was started anew.
+
+    :param domain_id: that the guest had when it was suspended
+    """
+    if (guest.state() is guests.State.PAUSED
+            and domain_id in (None, guest.id())):
         guest.resume()
 
 
@@ -171,7 +176,8 @@ def _end_at_one_instant(guest: guests.Guest, copies: list[_Copy],
     with contextlib.ExitStack() as stack:
         if len(copies) > 1 and guest.state() is guests.State.RUNNING:
             stack.enter_context(pause.measured())
-            stack.callback(log.push(resume_guest).run)
+            stack.callback(
+                log.push(resume_guest, domain_id=guest.id()).run)
             guest.suspend()
         for copy in copies:
             copy.end()

@@ -96,6 +96,8 @@ class FakeDomain:
         self.journal = Journal() if journal is None else journal
         self.connection = FakeConnection(self)
         self.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+        #: the id that it has while it is on
+        self.number = 1
         self.persistent = True
         self.managed_save = False
         self.saved_state: list[int] = []
@@ -177,6 +179,8 @@ class FakeDomain:
         root = ElementTree.fromstring(
             f'<domain>{self.rest}<devices>{self.disks}{self.devices}'
             f'</devices></domain>')
+        if self.current_state[0] != libvirt.VIR_DOMAIN_SHUTOFF:
+            root.set('id', str(self.number))
         for target, overlay in self.copies.items():
             disk = root.find(
                 f'./devices/disk/target[@dev="{target}"]/..')
@@ -258,6 +262,7 @@ class FakeDomain:
     def createWithFlags(self, flags: int) -> None:
         paused = flags == libvirt.VIR_DOMAIN_START_PAUSED
         self._called('createWithFlags', *['paused'] * paused)
+        self.number += 1
         self.current_state = (
             [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
             if paused else self.saved_state if self.managed_save

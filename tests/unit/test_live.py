@@ -307,6 +307,15 @@ class TestUndo(LiveTestCase):
         live.resume_guest(self.around)
         self.assertEqual(['suspend', 'resume'], self.journal)
 
+    def test_guest_that_was_started_anew_is_not_resumed(self) -> None:
+        frozen_as = self.guest.id()
+        self.domain.off()
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        live.resume_guest(self.around, domain_id=frozen_as)
+        self.assertEqual([], self.journal.of('resume'))
+        live.resume_guest(self.around, domain_id=self.guest.id())
+        self.assertEqual(['resume'], self.journal.of('resume'))
+
     def test_guest_is_not_resumed_after_a_reboot(self) -> None:
         self.guest.suspend()
         live.resume_guest(undo.Surroundings(self.guest, self.host, True))
