@@ -63,7 +63,7 @@ class Cloud:
         self.compute.default_microversion = '2.90'
         self.images: typing.Any = self._connection.image
         self._setup: contestants.Setup | None = None
-        #: a small server that is off; what nova-compute does for the first
+        #: a small server that is paused; what nova-compute does for the first
         #: time since its start, it does with that
         self.practice: typing.Any = None
 
@@ -192,7 +192,7 @@ class Cloud:
         self.compute.get_server_console_output(self.practice, 1)
         image_id = self.request_snapshot(self.practice, None)
         self.wait_active(image_id)
-        self.wait_status(self.practice, 'SHUTOFF')
+        self.wait_status(self.practice, 'PAUSED')
         self.delete_image(image_id)
 
     def _configure(self, setup: contestants.Setup) -> None:

@@ -87,8 +87,8 @@ def practising(cloud: clouds.Cloud) -> collections.abc.Iterator[None]:
                 _IMAGE, ignore_missing=False).id)
         stack.callback(_delete, cloud, server)
         cloud.wait_status(server, 'ACTIVE')
-        cloud.compute.stop_server(server)
-        cloud.wait_status(server, 'SHUTOFF')
+        cloud.compute.pause_server(server)
+        cloud.wait_status(server, 'PAUSED')
         cloud.practice = server
         try:
             yield

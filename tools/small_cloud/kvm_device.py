@@ -20,6 +20,7 @@ does; guests are emulated all the same. `down` puts back what was there.
 """
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -33,13 +34,15 @@ def _record(state: cloud_state.State) -> pathlib.Path:
 
 
 def allow_group(state: cloud_state.State) -> None:
-    """Give the device to the group kvm, if it is root's alone."""
+    """Give the device to the group kvm, if nobody but root can open it."""
     if not DEVICE.is_char_device():
         return
     status = DEVICE.stat()
-    if status.st_gid != 0 or status.st_mode & 0o006:
+    group = 0o060 if status.st_gid else 0
+    if status.st_mode & (group | 0o006):
         return
-    state.write(_record(state), json.dumps({'mode': status.st_mode & 0o777}))
+    state.write(_record(state), json.dumps(
+        {'mode': status.st_mode & 0o777, 'group': status.st_gid}))
     shutil.chown(DEVICE, 'root', 'kvm')
     DEVICE.chmod(0o660)
 
@@ -49,6 +52,7 @@ def restore(state: cloud_state.State) -> None:
     if not path.exists():
         return
     if DEVICE.is_char_device():
-        shutil.chown(DEVICE, 'root', 'root')
-        DEVICE.chmod(json.loads(path.read_text())['mode'])
+        before = json.loads(path.read_text())
+        os.chown(DEVICE, 0, before['group'])
+        DEVICE.chmod(before['mode'])
     path.unlink()
