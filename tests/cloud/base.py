@@ -240,6 +240,10 @@ class CloudTestCase(testtools.TestCase):
             image_id, ignore_missing=True) is None,
             f'image {image_id} to be deleted')
         self.wait_idle(server)
+        return self.why_failed(server)
+
+    def why_failed(self, server: ty.Any) -> str:
+        """What the server's events say of the last snapshot that failed."""
         failed = [event for event in self.events(server)
                   if event['event'] == EVENT and event['result'] == 'Error']
         self.assertNotEqual([], failed)

@@ -230,6 +230,7 @@ class OneServerTest(base.CloudTestCase):
             image_id, ignore_missing=True) is None, 'the image to go')
         self.wait(lambda: not any(self.state_directory.iterdir()),
                   'the undo log to go')
+        self.assertIn('was reset', self.why_failed(server))
         self.addDetail(f'{flow} ended after',
                        seconds(time.monotonic() - begun))
         self.assertLess(time.monotonic() - begun, ENDED_S)
@@ -255,7 +256,7 @@ class OneServerTest(base.CloudTestCase):
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
         self.wait_idle(server)
-        self.assertIn('was shut off', self.events(server)[0]['details'])
+        self.assertIn('was shut off', self.why_failed(server))
         self.assert_host_is_clean()
         self.assertEqual('shut off', self.domain_state(server))
         self.wait_status(server, 'SHUTOFF')
