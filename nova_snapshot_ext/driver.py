@@ -97,6 +97,11 @@ class NovaHost:
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
         return self._asked(_PAUSED, _PAUSING)
 
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        if self._instance is None:
+            return contextlib.nullcontext()
+        return _instance_lock(self._instance.uuid)
+
     @contextlib.contextmanager
     def _asked(self, not_while: tuple[str, ...], not_before: tuple[str, ...],
                ) -> collections.abc.Iterator[bool]:

@@ -364,7 +364,9 @@ class _Taking:
         try:
             runs_as = self.guest.id()
         except exception.GuestGone as gone:
-            return gone
+            # It may be on its way back, for who wants no snapshot of it.
+            self.attendant.report()
+            return self.request.cancellation.reason or gone
         except exception.SnapshotError:
             runs_as = ran_as        # nobody can say
         ended = runs_as != ran_as

@@ -294,6 +294,8 @@ class FakeHost:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.allowed = True
+        #: called when nobody else disturbs the guest any more
+        self.waited: collections.abc.Callable[[], object] = lambda: None
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         self.journal.append(f'chown {path} {uid} {gid}')
@@ -309,6 +311,11 @@ class FakeHost:
         self.journal.append('may_resume')
         yield self.allowed
         self.journal.append('lock for resume is free')
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> collections.abc.Iterator[None]:
+        self.waited()
+        yield
 
 
 def guest_of(domain: FakeDomain) -> guests.Guest:

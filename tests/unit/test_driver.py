@@ -25,6 +25,7 @@ import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
+from oslo_concurrency import lockutils
 from oslo_config import fixture as config_fixture
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -876,6 +877,20 @@ class TestNovaHost(DriverTestCase):
             lambda path, uid, gid: changed.append((path, uid, gid)))
         driver.NovaHost(self.driver, self.instance).chown('/d', 1, 2)
         self.assertEqual([('/d', 1, 2)], changed)
+
+    def test_guest_is_undisturbed_while_nova_is_locked_out(self) -> None:
+        self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
+        host = driver.NovaHost(self.driver, self.instance)
+        with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
+            self.assertRaises(exception.UndoFailed,
+                              host.undisturbed().__enter__)
+        with host.undisturbed():
+            self.assertRaises(
+                lockutils.AcquireLockFailedException,
+                lockutils.lock(fakes.UUID, lock_file_prefix='nova-',
+                               blocking=False).__enter__)
+        with driver.NovaHost(self.driver, None).undisturbed():
+            pass
 
     def test_guest_that_was_paused_since_may_be_started_not_resumed(
             self) -> None:
