@@ -28,19 +28,6 @@ from tests.functional import test_flows
 FLOWS = ('backup', 'live', 'cold')
 
 
-def at_first_progress(
-        call: collections.abc.Callable[[], object],
-) -> collections.abc.Callable[[int, int], None]:
-    """What a request's progress may be: calls once, as bytes move."""
-    called = threading.Event()
-
-    def progress(done: int, total: int) -> None:
-        if not called.is_set():
-            called.set()
-            call()
-    return progress
-
-
 class ParallelTest(test_flows.SnapshotTestCase):
 
     def test_two_guests_at_the_same_time(self):
@@ -53,7 +40,7 @@ class ParallelTest(test_flows.SnapshotTestCase):
                 before = guest.wait_writes_on()
                 _, image = self.take(
                     guest, flow, f'{flow}-{guest.name}', transfer,
-                    progress=at_first_progress(both.wait))
+                    before_upload=both.wait)
                 self.assert_good(image, before, guest.counter())
 
             with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -72,23 +59,21 @@ class MeanwhileTest(test_flows.SnapshotTestCase):
     def take_meanwhile(
             self, flow: str,
             call: collections.abc.Callable[[], object]) -> str:
-        """Take a snapshot, with something done as its bytes move.
+        """Take a snapshot, with something done before its bytes are read.
 
         What is not read through the guest's QEMU must not mind.
 
         :returns: what was said of one that is
         """
         before = self.counting.wait_writes_on()
-        # Of a raw image most is still to be sent at its first progress.
         taken = (self.counting, flow, flow, 'streamed')
-        changes = {'image_format': 'raw',
-                   'progress': at_first_progress(call)}
         if flow == 'backup':
             error = self.assertRaises(
-                exception.TransferFailed, self.take, *taken, **changes)
+                exception.TransferFailed, self.take, *taken,
+                before_upload=call)
             self.assertEqual([], list(self.images.iterdir()))
             return str(error)
-        _, image = self.take(*taken, **changes)
+        _, image = self.take(*taken, before_upload=call)
         self.assert_good(image, before, self.counting.counter())
         return ''
 
