@@ -31,7 +31,8 @@ from nova_snapshot_ext import progress
 LOG = logging.getLogger(__name__)
 
 #: called every few seconds with the percentage that is done, and with 0 at
-#: the end; raises GuestGone if nobody wants a snapshot of the guest any more
+#: the end; raises GuestGone or Preempted if nobody wants a snapshot of the
+#: guest any more
 Report = collections.abc.Callable[[int], None]
 
 _LOOK_S = 2.0
@@ -92,8 +93,8 @@ class Attendant:
         """Take back what was shown."""
         try:
             self._report(0)
-        except exception.GuestGone:
-            pass        # and what it showed, too
+        except (exception.GuestGone, exception.Preempted):
+            pass        # what it showed is gone, too
         except Exception as error:
             LOG.warning('The progress of %s was not taken back: %s',
                         self._name, error)
@@ -104,7 +105,8 @@ class Attendant:
              question: collections.abc.Callable[[], None]) -> None:
         try:
             question()
-        except (exception.GuestGone, exception.ImageGone) as error:
+        except (exception.GuestGone, exception.ImageGone,
+                exception.Preempted) as error:
             self._cancellation.cancel(error)
         except Exception as error:
             if whom not in self._failing:

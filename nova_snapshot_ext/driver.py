@@ -61,6 +61,9 @@ _DOWN = (vm_states.STOPPED, vm_states.SUSPENDED, vm_states.SHELVED,
          vm_states.DELETED, vm_states.RESCUED, vm_states.RESIZED)
 _GOING_DOWN = (task_states.DELETING, task_states.SOFT_DELETING,
                task_states.POWERING_OFF)
+# Nor is a guest resumed that ran, and that its owner has paused since.
+_PAUSED = (*_DOWN, vm_states.PAUSED)
+_PAUSING = (*_GOING_DOWN, task_states.PAUSING)
 # How long Nova may hold an instance while we want to start its guest: who
 # holds it may be waiting for us.
 _LOCK_TIMEOUT_S = 60.0
@@ -96,30 +99,35 @@ class NovaHost:
     def give_disk(self, path: str, uid: int, gid: int) -> None:
         privileged.give_disk(path, uid, gid)
 
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked(_DOWN, _GOING_DOWN)
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked(_PAUSED, _PAUSING)
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        if self._instance is None:
+            return contextlib.nullcontext()
+        return _instance_lock(self._instance.uuid)
+
     @contextlib.contextmanager
-    def may_start(self) -> collections.abc.Iterator[bool]:
+    def _asked(self, not_while: tuple[str, ...], not_before: tuple[str, ...],
+               ) -> collections.abc.Iterator[bool]:
         """Nova deletes, stops and reboots an instance under this lock: who
-        waits for it finds the guest as Nova left it."""
-        if self._instance is None:
-            yield False
-            return
-        with _instance_lock(self._instance.uuid):
-            yield self._is_ours_to_start(self._instance, _DOWN)
+        waits for it finds the guest as Nova left it.
 
-    @contextlib.contextmanager
-    def may_resume(self) -> collections.abc.Iterator[bool]:
-        if self._instance is None:
-            yield False
-            return
-        with _instance_lock(self._instance.uuid):
-            yield self._is_ours_to_start(
-                self._instance, (*_DOWN, vm_states.PAUSED))
-
-    def _is_ours_to_start(self, instance: objects.Instance,
-                          down: collections.abc.Collection[str]) -> bool:
-        """:param down: the states in which it is somebody's will that the
-            guest does not start, or does not run
+        :param not_while: states of a server whose guest is not ours
+        :param not_before: what Nova is about to do to such a server
         """
+        if self._instance is None:
+            yield False
+            return
+        with _instance_lock(self._instance.uuid):
+            yield self._is_ours(self._instance, not_while, not_before)
+
+    def _is_ours(self, instance: objects.Instance,
+                 not_while: tuple[str, ...],
+                 not_before: tuple[str, ...]) -> bool:
         try:
             current = objects.Instance.get_by_uuid(
                 nova_context.get_admin_context(), instance.uuid)
@@ -131,8 +139,8 @@ class NovaHost:
             LOG.warning('Its state is not known anew: %s', error,
                         instance=instance)
             current = instance
-        if (current.task_state in _GOING_DOWN
-                or current.vm_state in down
+        if (current.task_state in not_before
+                or current.vm_state in not_while
                 or current.host != CONF.host):
             return False
         self._driver.cpu_api.power_up_for_instance(instance)
@@ -141,14 +149,18 @@ class NovaHost:
 
 class ServerReport:
     """Shows a snapshot's progress as the server's, and looks whether it is
-    being deleted; with an Instance of its own, as threads must not share
-    one."""
+    being deleted, or its state was reset; with an Instance of its own, as
+    threads must not share one."""
 
-    def __init__(self, uuid: str) -> None:
-        self._uuid = uuid
+    def __init__(self, instance: objects.Instance) -> None:
+        self._uuid = instance.uuid
+        self._in_flight = instance.task_state in _IN_FLIGHT
 
     def __call__(self, percent: int) -> None:
-        """:raises GuestGone: if the server is being deleted, or was"""
+        """:raises GuestGone: if the server is being deleted, or was
+
+        :raises Preempted: if its state is not that of a snapshot any more
+        """
         try:
             instance = objects.Instance.get_by_uuid(
                 nova_context.get_admin_context(), self._uuid,
@@ -156,9 +168,15 @@ class ServerReport:
             if instance.task_state in _DELETING:
                 raise exception.GuestGone(
                     f'Server {self._uuid} is being deleted')
-            if instance.progress != percent:
-                instance.progress = percent
+            preempted = (self._in_flight
+                         and instance.task_state not in _IN_FLIGHT)
+            shown = 0 if preempted else percent
+            if instance.progress != shown:
+                instance.progress = shown
                 instance.save()
+            if preempted:
+                raise exception.Preempted(
+                    f'The state of server {self._uuid} was reset')
         except nova_exception.InstanceNotFound as error:
             raise exception.GuestGone(
                 f'Server {self._uuid} was deleted') from error
@@ -213,6 +231,8 @@ class SnapshotLibvirtDriver(
         :raises nova.exception.InstanceNotFound, InstanceNotRunning: if the
             guest is gone
         :raises nova.exception.ImageNotFound: if the image is gone
+        :raises nova.exception.UnexpectedTaskStateError: if the server's
+            state was reset meanwhile
         :raises nova.exception.NovaException: if no snapshot was taken
         """
         with _reported(context, instance):
@@ -331,7 +351,7 @@ class SnapshotLibvirtDriver(
                 guest, NovaHost(self, instance), planned, request, service,
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
-                report=ServerReport(instance.uuid))
+                report=ServerReport(instance))
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
@@ -565,6 +585,13 @@ def _translated(instance: objects.Instance,
     except exception.ImageGone as error:
         LOG.info('%s while its snapshot was taken', error, instance=instance)
         raise nova_exception.ImageNotFound(image_id=image_id) from error
+    except exception.Preempted as error:
+        LOG.info('%s while its snapshot was taken', error, instance=instance)
+        # Nova's callers clear the server's state after any other error: it
+        # is somebody else's by now.
+        raise nova_exception.UnexpectedTaskStateError(
+            instance_uuid=instance.uuid, expected='the state of a snapshot',
+            actual=str(error)) from error
     except (exception.SnapshotError, OSError) as error:
         LOG.error('No snapshot was taken: %s', error, instance=instance)
         raise nova_exception.NovaException(str(error)) from error

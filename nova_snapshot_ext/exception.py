@@ -88,6 +88,10 @@ class GuestBusy(SnapshotError):
     """Another snapshot of the same guest is being taken."""
 
 
+class Preempted(SnapshotError):
+    """Something else is done to the guest, or may be, by its owner's will."""
+
+
 class FreezeFailed(SnapshotError):
     """The guest's disks could not be frozen; the guest is as it was."""
 

@@ -278,14 +278,13 @@ class Guest:
         with self._calling('State'):
             return list(self._domain.state()) in _PAUSED_BY_START
 
-    def life(self) -> int:
-        """What names this run of its QEMU; -1 while it is off.
+    def life(self) -> str | None:
+        """What names this run of its QEMU, None while it is off.
 
-        Another start gives another number.
+        Another start gives another name. libvirt.virDomain has the number of
+        when it was looked up; the XML has that of now.
         """
-        with self._calling('Number'):
-            number: int = self._domain.ID()
-        return number
+        return self.description().get('id')
 
     def is_persistent(self) -> bool:
         with self._calling('Persistence'):

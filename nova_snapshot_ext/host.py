@@ -56,6 +56,15 @@ class Host(typing.Protocol):
         will.
         """
 
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """While the context lasts nobody starts, stops or deletes the guest,
+        nor is in the middle of it.
+
+        Not for who holds up a caller that did just that.
+
+        :raises UndoFailed: if that can't be had in time
+        """
+
 
 class PlainHost:
     """A host without Nova: the rights of the process, and no more."""
@@ -75,3 +84,6 @@ class PlainHost:
 
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
         return contextlib.nullcontext(True)
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()

@@ -88,15 +88,29 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
         try:
-            if power.is_gone(around) or not _has_snapshot(around, path, name):
-                return
-            _delete_snapshot(around, path, name)
+            with _as_it_is(around):
+                if power.is_gone(around) or (
+                        not _has_snapshot(around, path, name)):
+                    return
+                _delete_snapshot(around, path, name)
         except exception.SnapshotError as error:
             LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
             time.sleep(0.2)
     if not power.is_gone(around) and _has_snapshot(around, path, name):
         raise exception.UndoFailed(
             f'The internal snapshot {name} of {path} can not be deleted')
+
+
+def _as_it_is(around: undo.Surroundings,
+              ) -> contextlib.AbstractContextManager[None]:
+    """Have a guest that is not on stay so, or found on after all.
+
+    One that is being rebooted by Nova is off and gone for a while; and its
+    start would fail while qemu-img has its disk open.
+    """
+    if power.running_guest(around) is None:
+        return around.host.undisturbed()
+    return contextlib.nullcontext()
 
 
 def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:

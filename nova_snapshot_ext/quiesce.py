@@ -30,9 +30,14 @@ LOG = logging.getLogger(__name__)
 @undo.step
 @undo.with_guest
 def thaw(around: undo.Surroundings, guest: guests.Guest,
-         timeout_s: int) -> None:
-    """A guest that is off, or whose agent thawed by itself, is thawed."""
-    if guest.state() is not guests.State.SHUTOFF:
+         timeout_s: int, life: str | None = None) -> None:
+    """A guest that is off, was started anew, or whose agent thawed by
+    itself, is thawed.
+
+    :param life: the guest's when it was frozen
+    """
+    if (guest.state() is not guests.State.SHUTOFF
+            and life in (None, guest.life())):
         _thaw(guest, timeout_s)
 
 
@@ -95,7 +100,7 @@ def quiesced(
         yield outcome
         return
     entry = log.push(thaw, within_s=request.freeze_timeout,
-                     timeout_s=request.freeze_timeout)
+                     timeout_s=request.freeze_timeout, life=guest.life())
     pause.begin()
     try:
         with guest.agent_timeout(request.freeze_timeout):

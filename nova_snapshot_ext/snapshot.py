@@ -105,11 +105,14 @@ def plan(guest: guests.Guest, wished: selection.Wish,
          request: requests.Request) -> Plan:
     """Find out whether and how a snapshot can be taken.
 
+    :raises GuestBusy: if another snapshot of it is in flight
     :raises InvalidSetting: if a name or a directory is not valid
     :raises NoFlowServes: if no flow, or no transfer, can serve
     :raises NotEnoughRoom: if the staging directory is too small
     :raises UnsafeDisk: if the disk refers to what no guest may reach
     """
+    # What it does to the guest would be named as obstacles.
+    undo.check_idle(request.state_directory, guest)
     workspace.check_directory(
         request.staging_directory, request.staging_setting)
     workspace.check_socket_parent(request.socket_directory)
@@ -346,25 +349,28 @@ class _Taking:
     def _named_loss(
             self, frozen: frozen_.Frozen) -> collections.abc.Iterator[None]:
         """What took the disk away is the error, not what came of it."""
-        ran = self.guest.state() is not guests.State.SHUTOFF
+        ran_as = self.guest.life()
         try:
             yield
         except (exception.SnapshotError, OSError) as error:
-            loss = self._loss(frozen, ran)
+            loss = self._loss(frozen, ran_as)
             if loss is None or loss is error:
                 raise
             raise loss from error
 
     def _loss(self, frozen: frozen_.Frozen,
-              ran: bool) -> exception.SnapshotError | None:
-        """:param ran: whether the guest was on when its disk was frozen"""
+              ran_as: str | None) -> exception.SnapshotError | None:
+        """:param ran_as: the guest's life when its disk was frozen"""
         try:
-            off = self.guest.state() is guests.State.SHUTOFF
+            runs_as = self.guest.life()
         except exception.GuestGone as gone:
-            return gone
+            # It may be on its way back, for who wants no snapshot of it.
+            self.attendant.report()
+            return self.request.cancellation.reason or gone
         except exception.SnapshotError:
-            off = False     # nobody can say
-        if off and ran:
+            runs_as = ran_as        # nobody can say
+        ended = runs_as != ran_as
+        if ended:
             # Who deletes a server stops its guest first.
             self.attendant.report()
         if self.request.cancellation.reason is not None:
@@ -372,7 +378,8 @@ class _Taking:
         lost = frozen.why_lost()
         if lost is not None:
             return exception.DiskThawed(lost)
-        if off and ran and frozen.by_guest:
+        if ended and frozen.by_guest:
+            how = 'shut off' if runs_as is None else 'started anew'
             return exception.TransferFailed(
-                f'{self.guest.name} was shut off while its disk was read')
+                f'{self.guest.name} was {how} while its disk was read')
         return None

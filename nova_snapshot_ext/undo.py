@@ -327,20 +327,21 @@ def drop_cut_line(descriptor: int) -> None:
     os.ftruncate(descriptor, content.rfind(b'\n') + 1)
 
 
-def open_locked(path: str, flags: int, name: str) -> int:
+def open_locked(path: str, flags: int, name: str,
+                lock: int = fcntl.LOCK_EX) -> int:
     """Open a log and take its lock, as long as it is the one in the folder.
 
     The lock goes with the last descriptor, and children get none: a lock
     that can be had says that its owner is dead.
 
-    :raises GuestBusy: if a living process has it
+    :raises GuestBusy: if somebody has it
     """
     while True:
         descriptor = os.open(
             path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             | flags, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:
@@ -449,6 +450,17 @@ def logs_in(directory: str, suffix: str = SUFFIX) -> list[str]:
                       if name.endswith(suffix))
     except FileNotFoundError:
         return []
+
+
+def check_idle(directory: str, guest: guests.Guest) -> None:
+    """:raises GuestBusy: if a snapshot of the guest is in flight
+
+    Nothing is changed: what a dead process left is for whoever begins one.
+    """
+    path = os.path.join(directory, guest.uuid + SUFFIX)
+    with contextlib.suppress(FileNotFoundError):
+        # Shared: who only looks is in nobody's way who does so, too.
+        os.close(open_locked(path, 0, guest.name, fcntl.LOCK_SH))
 
 
 def finish_left_over(directory: str, guest: guests.Guest,

@@ -52,8 +52,8 @@ def end_copy(around: undo.Surroundings, guest: guests.Guest, target: str,
 @undo.step
 @undo.with_guest
 def resume_guest(around: undo.Surroundings, guest: guests.Guest,
-                 life: int) -> None:
-    """Let a guest run on that we suspended.
+                 life: str | None) -> None:
+    """Let a guest run on that we suspended, unless it was started anew.
 
     :param life: the guest's then
     """

@@ -78,6 +78,21 @@ class CloudTestCase(testtools.TestCase):
     def server(self, image: str = 'guest', flavor: str = 'tiny',
                writing: bool = True) -> ty.Any:
         """Boot a server, and wait until its guest writes."""
+        [created] = self.servers(1, image, flavor, writing)
+        return created
+
+    def servers(self, count: int, image: str = 'guest',
+                flavor: str = 'tiny', writing: bool = True) -> list[ty.Any]:
+        """Boot servers at the same time."""
+        begun = [self._begin_server(image, flavor) for _ in range(count)]
+        created = [self.compute.wait_for_server(
+            each, interval=0.5, wait=TIMEOUT_S) for each in begun]
+        if writing:
+            for each in created:
+                self.wait_writes(each)
+        return created
+
+    def _begin_server(self, image: str, flavor: str) -> ty.Any:
         created = self.compute.create_server(
             name=f'test-{uuid.uuid4().hex[:8]}', networks='none',
             image_id=self.cloud.image.find_image(
@@ -85,10 +100,6 @@ class CloudTestCase(testtools.TestCase):
             flavor_id=self.compute.find_flavor(
                 flavor, ignore_missing=False).id)
         self.addCleanup(self._delete_server, created)
-        created = self.compute.wait_for_server(
-            created, interval=0.5, wait=TIMEOUT_S)
-        if writing:
-            self.wait_writes(created)
         return created
 
     def _delete_server(self, server: ty.Any) -> None:
@@ -229,6 +240,10 @@ class CloudTestCase(testtools.TestCase):
             image_id, ignore_missing=True) is None,
             f'image {image_id} to be deleted')
         self.wait_idle(server)
+        return self.why_failed(server)
+
+    def why_failed(self, server: ty.Any) -> str:
+        """What the server's events say of the last snapshot that failed."""
         failed = [event for event in self.events(server)
                   if event['event'] == EVENT and event['result'] == 'Error']
         self.assertNotEqual([], failed)

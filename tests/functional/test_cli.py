@@ -12,17 +12,20 @@
 
 """The command nova-snapshot on real domains, with no Nova at all."""
 
-import fcntl
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 from nova_snapshot_ext.cmd import snapshot as cli
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_flows
 
+# Seconds, most of which Python takes to start on a busy machine.
+REFUSED_S = 60
 NOVA = ('<metadata><nova:instance xmlns:nova='
         '"http://openstack.org/xmlns/libvirt/nova/1.1"/></metadata>')
 
@@ -35,14 +38,16 @@ class CommandTestCase(test_flows.SnapshotTestCase):
         self.configuration.write_text(
             f'[snapshot_ext]\nstate_directory = {self.state}\n')
 
+    def command(self, *arguments: object) -> list[str]:
+        return [sys.executable, '-m', 'nova_snapshot_ext.cmd.snapshot',
+                '--connect', self.libvirtd.uri,
+                '--config-file', str(self.configuration),
+                *(str(word) for word in arguments)]
+
     def run_command(self, *arguments: object,
                     expect: int = 0) -> 'subprocess.CompletedProcess[str]':
         done = subprocess.run(
-            [sys.executable, '-m', 'nova_snapshot_ext.cmd.snapshot',
-             '--connect', self.libvirtd.uri,
-             '--config-file', str(self.configuration),
-             *(str(word) for word in arguments)],
-            capture_output=True, text=True)
+            self.command(*arguments), capture_output=True, text=True)
         self.assertEqual(expect, done.returncode, done.stderr)
         self.assertNotIn('Traceback', done.stderr)
         return done
@@ -131,12 +136,38 @@ class CommandLineTest(CommandTestCase):
 
     def test_second_snapshot_of_a_guest_is_refused_at_once(self):
         guest = self.guest(guests.Disk('overlay'))
-        path = self.state / f'{guest.uuid}.undo'
-        with open(path, 'w') as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            done = self.run_command(
-                'create', guest.name, '--to', self.images, '--staging',
-                self.staging, expect=cli.BUSY)
-            self.assertIn('in flight', done.stderr)
-        path.unlink()
+        before = guest.wait_writes_on()
+        create = ('create', guest.name, '--to', self.images, '--staging',
+                  self.staging)
+        with subprocess.Popen(self.command(*create, '--name', 'first'),
+                              stdout=subprocess.PIPE, text=True) as first:
+            while not self._reads(guest):
+                self.assertIsNone(first.poll())
+                time.sleep(0.01)
+            # However fast it is, it is in flight.
+            first.send_signal(signal.SIGSTOP)
+            begun = time.monotonic()
+            try:
+                done = self.run_command(*create, expect=cli.BUSY)
+            finally:
+                first.send_signal(signal.SIGCONT)
+            took_s = time.monotonic() - begun
+            self.addDetail('seconds', test_flows.text(f'{took_s:.2f}'))
+            self.assertLess(took_s, REFUSED_S)
+            self.assertEqual(
+                f'nova-snapshot: Another snapshot of {guest.name} is in '
+                f'flight\n', done.stderr)
+            self.assertIn('flow backup', first.communicate()[0])
+        self.assertEqual(0, first.returncode)
+        self.assert_good((self.images / 'first.qcow2', 'qcow2'), before,
+                         guest.counter())
+        self.assertEqual(2, len(list(self.images.iterdir())))
         self.assert_whole(guest)
+
+    def _reads(self, guest: guests.Guest) -> bool:
+        """Whether the guest's disk is exported to a snapshot by now."""
+        try:
+            return 'end_mover' in (
+                self.state / f'{guest.uuid}.undo').read_text()
+        except FileNotFoundError:
+            return False

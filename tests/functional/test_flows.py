@@ -12,6 +12,7 @@
 
 """Flows, transfers and the recipe on real libvirt, QEMU and guests."""
 
+import collections.abc
 import contextlib
 import json
 import pathlib
@@ -83,10 +84,14 @@ class SnapshotTestCase(base.FunctionalTestCase):
 
     def take(self, guest: guests.Guest, flow: str, name: str = 'image',
              transfer: str = 'staged', others: tuple[str, ...] = (),
+             before_upload: collections.abc.Callable[
+                 [], object] = lambda: None,
              **changes) -> tuple[snapshot.Result, images.Image]:
         """Take a snapshot.
 
         :param others: flows that may serve where the first does not
+        :param before_upload: called when the disk is frozen and its image can
+            be read; if it is streamed, nothing of it is read yet
         """
         ours = self.ours(guest)
         request = self.request(**changes)
@@ -99,7 +104,8 @@ class SnapshotTestCase(base.FunctionalTestCase):
             ours, hosts.PlainHost(), plan, request, service,
             image_services.Description(
                 name=name, disk_format=request.image_format,
-                container_format='bare', properties={}), verify_hash=True)
+                container_format='bare', properties={}), verify_hash=True,
+            before_upload=before_upload)
         return result, (result.location, request.image_format)
 
     def assert_good(self, image: images.Image, before: int, after: int):

@@ -98,10 +98,11 @@ class FakeDomain:
         self.journal = Journal() if journal is None else journal
         self.connection = FakeConnection(self)
         self.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+        #: the id that it has while it is on
+        self.number = 1
         self.persistent = True
         self.managed_save = False
         self.saved_state: list[int] = []
-        self.life = 1
         self.kib = 524288
         self.capacity = 1024 ** 2
         self.job = libvirt.VIR_DOMAIN_JOB_NONE
@@ -161,11 +162,6 @@ class FakeDomain:
         self._may_fail('state')
         return list(self.current_state)
 
-    def ID(self) -> int:
-        self._may_fail('state')
-        off = self.current_state[0] == libvirt.VIR_DOMAIN_SHUTOFF
-        return -1 if off else self.life
-
     def isPersistent(self) -> int:
         return int(self.persistent)
 
@@ -185,6 +181,8 @@ class FakeDomain:
         root = ElementTree.fromstring(
             f'<domain>{self.rest}<devices>{self.disks}{self.devices}'
             f'</devices></domain>')
+        if self.current_state[0] != libvirt.VIR_DOMAIN_SHUTOFF:
+            root.set('id', str(self.number))
         for target, overlay in self.copies.items():
             disk = root.find(
                 f'./devices/disk/target[@dev="{target}"]/..')
@@ -266,12 +264,12 @@ class FakeDomain:
     def createWithFlags(self, flags: int) -> None:
         paused = flags == libvirt.VIR_DOMAIN_START_PAUSED
         self._called('createWithFlags', *['paused'] * paused)
+        self.number += 1
         self.current_state = (
             [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
             if paused else self.saved_state if self.managed_save
             else [libvirt.VIR_DOMAIN_RUNNING, 1])
         self.managed_save = False
-        self.life += 1
 
     def suspend(self) -> None:
         self._called('suspend')
@@ -298,6 +296,8 @@ class FakeHost:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.allowed = True
+        #: called when nobody else disturbs the guest any more
+        self.waited: collections.abc.Callable[[], object] = lambda: None
 
     def let_group_pass(self, path: str, gid: int) -> None:
         self.journal.append(f'chown {path} -1 {gid}')
@@ -320,6 +320,11 @@ class FakeHost:
         self.journal.append('may_resume')
         yield self.allowed
         self.journal.append('lock for resume is free')
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> collections.abc.Iterator[None]:
+        self.waited()
+        yield
 
 
 def guest_of(domain: FakeDomain) -> guests.Guest:

@@ -69,6 +69,12 @@ class TestLook(AttendantTestCase):
         self.attendant.look()
         self.assertIs(self.report_error, self.cancellation.reason)
 
+    def test_server_that_has_other_things_to_do_ends_the_snapshot(
+            self) -> None:
+        self.report_error = exception.Preempted('reset')
+        self.attendant.look()
+        self.assertIs(self.report_error, self.cancellation.reason)
+
     def test_anything_else_ends_nothing(self) -> None:
         for error in (exception.ImageRefused('403'),
                       exception.ImageServiceUnreachable('cut'),
@@ -164,10 +170,14 @@ class TestAttending(AttendantTestCase):
         self.assertIn('The progress of guest was not taken back: no '
                       'conductor', self.output.output)
 
-    def test_guest_that_is_gone_shows_nothing(self) -> None:
-        self.report_error = exception.GuestGone('deleted')
-        self.attendant.end()
-        self.assertEqual([0], self.reports)
+    def test_guest_that_is_gone_or_has_other_things_to_do_shows_nothing(
+            self) -> None:
+        for error in (exception.GuestGone('deleted'),
+                      exception.Preempted('reset')):
+            self.report_error = error
+            self.reports.clear()
+            self.attendant.end()
+            self.assertEqual([0], self.reports)
         self.assertNotIn('not taken back', self.output.output)
 
     def test_report_that_hangs_does_not_hold_up_the_end(self) -> None:

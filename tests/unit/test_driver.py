@@ -25,6 +25,7 @@ import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
+from oslo_concurrency import lockutils
 from oslo_config import fixture as config_fixture
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -292,6 +293,12 @@ class TestErrors(DriverTestCase):
     def test_image_that_is_gone(self) -> None:
         self.assertTranslated(exception.ImageGone('gone'),
                               nova_exception.ImageNotFound)
+
+    def test_state_that_was_reset_is_left_to_whoever_did(self) -> None:
+        found = self.assertTranslated(
+            exception.Preempted('The state of server x was reset'),
+            nova_exception.UnexpectedTaskStateError)
+        self.assertIn('state of server x was reset', str(found))
 
     def test_everything_else(self) -> None:
         for error in (exception.FreezeFailed('no socket'),
@@ -868,7 +875,7 @@ class TestServerReport(DriverTestCase):
         self.saved: list[int] = []
         self.loaded: list[objects.Instance] = []
         self.error: Exception | None = None
-        self.report = driver.ServerReport(fakes.UUID)
+        self.report = driver.ServerReport(self.instance)
 
     def get(self, context: nova_context.RequestContext, uuid: str,
             expected_attrs: list[str]) -> objects.Instance:
@@ -902,11 +909,27 @@ class TestServerReport(DriverTestCase):
         self.error = nova_exception.InstanceNotFound(instance_id=fakes.UUID)
         self.assertRaises(exception.GuestGone, self.report, 50)
 
-    def test_other_states_end_nothing(self) -> None:
-        for state in (None, task_states.IMAGE_UPLOADING,
-                      task_states.SHELVING, task_states.POWERING_OFF):
+    def test_states_of_a_snapshot_end_nothing(self) -> None:
+        for state in (task_states.IMAGE_UPLOADING, task_states.SHELVING,
+                      task_states.IMAGE_BACKUP):
             self.instance.task_state = state
             self.report(50)
+
+    def test_server_whose_state_was_reset_has_other_things_to_do(
+            self) -> None:
+        self.report(50)
+        for state in (None, task_states.REBOOT_STARTED_HARD,
+                      task_states.POWERING_OFF):
+            self.instance.task_state = state
+            self.assertRaises(exception.Preempted, self.report, 60)
+        self.assertEqual([50, 0], self.saved)
+
+    def test_states_of_a_caller_that_is_not_known_end_nothing(self) -> None:
+        self.instance.task_state = task_states.RESIZE_PREP
+        report = driver.ServerReport(self.instance)
+        for state in (None, task_states.RESIZE_MIGRATING):
+            self.instance.task_state = state
+            report(50)
 
     def test_each_snapshot_has_one(self) -> None:
         self.snapshot()
@@ -931,3 +954,36 @@ class TestNovaHost(DriverTestCase):
         self.assertEqual(
             [('let_group_pass', '/d', 2), ('take_socket', '/s'),
              ('give_disk', '/d', 1, 2)], changed)
+
+    def test_guest_is_undisturbed_while_nova_is_locked_out(self) -> None:
+        self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
+        host = driver.NovaHost(self.driver, self.instance)
+        with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
+            self.assertRaises(exception.UndoFailed,
+                              host.undisturbed().__enter__)
+        with host.undisturbed():
+            self.assertRaises(
+                lockutils.AcquireLockFailedException,
+                lockutils.lock(fakes.UUID, lock_file_prefix='nova-',
+                               blocking=False).__enter__)
+        with driver.NovaHost(self.driver, None).undisturbed():
+            pass
+
+    def test_guest_that_was_paused_since_may_be_started_not_resumed(
+            self) -> None:
+        self.driver.cpu_api = type('API', (), {
+            'power_up_for_instance': lambda api, instance: None})()
+        self.patch_name('nova.objects.Instance.get_by_uuid',
+                        lambda kind, context, uuid: self.instance)
+        host = driver.NovaHost(self.driver, self.instance)
+        for vm_state, task_state, may_resume in (
+                (vm_states.ACTIVE, None, True),
+                (vm_states.PAUSED, None, False),
+                (vm_states.ACTIVE, task_states.PAUSING, False),
+                (vm_states.ACTIVE, task_states.UNPAUSING, True)):
+            self.instance.vm_state = vm_state
+            self.instance.task_state = task_state
+            with host.may_start() as allowed:
+                self.assertTrue(allowed)
+            with host.may_resume() as allowed:
+                self.assertEqual(may_resume, allowed)

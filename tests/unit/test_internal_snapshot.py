@@ -90,6 +90,17 @@ class TestDelete(InternalSnapshotTestCase):
         self.delete(None)
         self.assertEqual([MINE, 'theirs'], self.qemu_img.snapshots)
 
+    def test_guest_that_is_being_rebooted_is_waited_for(self) -> None:
+        def defined_anew() -> None:
+            self.domain.errors.clear()
+            self.domain.createWithFlags(0)
+        self.domain.gone()
+        self.host.waited = defined_anew
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['delete by monitor'],
+                         self.journal.of('delete', 'qemu-img'))
+
     def test_file_that_is_gone_has_none(self) -> None:
         os.unlink(self.path)
         self.delete(None)

@@ -300,21 +300,24 @@ class TestUndo(LiveTestCase):
         self.assertEqual([], self.journal)
 
     def test_guest_is_resumed_if_it_is_paused(self) -> None:
-        live.resume_guest(self.around, life=1)
+        live.resume_guest(self.around, life='1')
         self.assertEqual([], self.journal)
         self.guest.suspend()
-        live.resume_guest(self.around, life=1)
-        live.resume_guest(self.around, life=1)
+        live.resume_guest(self.around, life='1')
+        live.resume_guest(self.around, life='1')
         self.assertEqual(['suspend', 'resume'], self.journal)
+
+    def test_guest_that_was_started_anew_is_not_resumed(self) -> None:
+        frozen_as = self.guest.life()
+        self.domain.off()
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        live.resume_guest(self.around, life=frozen_as)
+        self.assertEqual([], self.journal.of('resume'))
+        live.resume_guest(self.around, life=self.guest.life())
+        self.assertEqual(['resume'], self.journal.of('resume'))
 
     def test_guest_is_not_resumed_after_a_reboot(self) -> None:
         self.guest.suspend()
         live.resume_guest(undo.Surroundings(self.guest, self.host, True),
-                          life=1)
-        self.assertEqual(['suspend'], self.journal)
-
-    def test_guest_that_was_started_anew_was_paused_by_another(
-            self) -> None:
-        self.guest.suspend()
-        live.resume_guest(self.around, life=0)
+                          life='1')
         self.assertEqual(['suspend'], self.journal)

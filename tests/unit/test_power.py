@@ -66,7 +66,7 @@ class TestUndo(base.TestCase):
     def test_guest_is_not_started_after_a_reboot(self) -> None:
         self.stop()
         power.start_guest(self.rebooted)
-        power.attach_device(self.rebooted, device=PCI, life=0)
+        power.attach_device(self.rebooted, device=PCI, life='0')
         self.assertEqual([], self.journal)
         self.assertTrue(self.domain.managed_save)
 
@@ -125,11 +125,11 @@ class TestUndo(base.TestCase):
     def test_device_waits_for_a_guest_that_will_be_started(self) -> None:
         self.stop()
         self.assertRaises(exception.UndoFailed, power.attach_device,
-                          self.around, device=PCI, life=0)
+                          self.around, device=PCI, life='0')
 
     def test_device_is_not_attached_to_a_guest_that_is_off(self) -> None:
         self.domain.off()
-        power.attach_device(self.around, device=PCI, life=0)
+        power.attach_device(self.around, device=PCI, life='0')
         self.assertEqual([], self.journal)
 
     def test_device_that_is_let_go_late_is_given_back(self) -> None:
@@ -140,7 +140,7 @@ class TestUndo(base.TestCase):
             if self.now == 30.0:
                 self.domain.devices = ''
         self.patch_name('time.sleep', tick)
-        power.attach_device(self.around, device=PCI, life=1)
+        power.attach_device(self.around, device=PCI, life='1')
         self.assertEqual(['attachDeviceFlags'], self.journal)
 
     def test_device_that_is_never_let_go_is_said(self) -> None:
@@ -149,7 +149,7 @@ class TestUndo(base.TestCase):
         def tick(seconds: float) -> None:
             self.now += 10.0
         self.patch_name('time.sleep', tick)
-        power.attach_device(self.around, device=PCI, life=1)
+        power.attach_device(self.around, device=PCI, life='1')
         self.assertEqual([], self.journal)
         self.assertIn('its next start gives it back', self.output.output)
 
@@ -157,12 +157,12 @@ class TestUndo(base.TestCase):
             self) -> None:
         self.domain.devices = PCI
         self.patch_name('time.sleep', lambda seconds: 1 / 0)
-        power.attach_device(self.around, device=PCI, life=0)
+        power.attach_device(self.around, device=PCI, life='0')
         self.assertEqual('', self.output.output)
 
     def test_device_is_attached_once(self) -> None:
         for _ in range(2):
-            power.attach_device(self.around, device=PCI, life=0)
+            power.attach_device(self.around, device=PCI, life='0')
         self.assertEqual(['attachDeviceFlags'], self.journal)
 
 

@@ -89,6 +89,17 @@ class TestQuiesced(base.TestCase):
         self.run_quiesced(requests.Quiesce.REQUIRED)
         self.assertIn('[15.0]', self.journal)
 
+    def test_undo_is_for_the_guest_that_was_frozen(self) -> None:
+        def restart() -> None:
+            self.domain.number += 1
+            self.domain.errors['fsThaw'] = fakes.libvirt_error(
+                libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+        self.domain.before['fsThaw'] = restart
+        self.assertRaises(guests.LibvirtError, self.run_quiesced,
+                          requests.Quiesce.IF_POSSIBLE)
+        self.log.unwind()
+        self.assertEqual(['fsThaw'], self.journal.of('fsThaw'))
+
     def test_agent_is_not_waited_for_without_end(self) -> None:
         self.run_quiesced(requests.Quiesce.REQUIRED)
         for call in ('fsFreeze', 'fsThaw'):
@@ -253,6 +264,18 @@ class TestThaw(base.TestCase):
         self.domain.off()
         quiesce.thaw(undo.Surroundings(self.guest, self.host), timeout_s=7)
         self.assertEqual([], self.journal)
+
+    def test_guest_that_was_started_anew_is_thawed(self) -> None:
+        around = undo.Surroundings(self.guest, self.host)
+        frozen_as = self.guest.life()
+        self.domain.off()
+        self.domain.createWithFlags(0)
+        self.domain.errors['fsThaw'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+        quiesce.thaw(around, timeout_s=7, life=frozen_as)
+        self.assertEqual([], self.journal.of('fs'))
+        self.assertRaises(guests.LibvirtError, quiesce.thaw, around,
+                          timeout_s=7, life=self.guest.life())
 
     def test_guest_that_is_gone_is_thawed(self) -> None:
         quiesce.thaw(undo.Surroundings(None, self.host), timeout_s=7)

@@ -495,6 +495,20 @@ class TestTake(SnapshotTestCase):
         error = self.assertRaises(exception.TransferFailed, self.take)
         self.assertIn('was shut off', str(error))
 
+    def test_guest_that_was_started_anew_is_the_error(self) -> None:
+        def restart() -> None:
+            self.domain.off()
+            self.domain.createWithFlags(0)
+        self.fail_after(restart)
+        error = self.assertRaises(exception.TransferFailed, self.take)
+        self.assertIn('was started anew', str(error))
+
+    def test_guest_that_nobody_can_ask_for_is_no_reason(self) -> None:
+        self.fail_after(lambda: self.domain.errors.update(
+            XMLDesc=fakes.libvirt_error(1)))
+        self.assertRaisesRegex(exception.TransferFailed,
+                               'The mover failed', self.take)
+
     def test_guest_that_does_not_serve_its_disk_may_shut_off(self) -> None:
         def send() -> None:
             self.domain.off()
@@ -616,6 +630,13 @@ class TestPlan(SnapshotTestCase):
             ['demo'], [each.name for each in planned.transfers])
         self.assertEqual([], journal)
         self.assertEqual([], os.listdir(self.state))
+
+    def test_snapshot_in_flight_is_told_before_what_it_does(self) -> None:
+        self.flows['one'].why = self.flows['two'].why = (
+            'another job of the guest is under way: backup')
+        with self.new_log():
+            self.assertRaises(exception.GuestBusy, self.plan)
+        self.assertRaises(exception.NoFlowServes, self.plan)
 
     def test_staging_directory_must_exist(self) -> None:
         self.assertRaisesRegex(

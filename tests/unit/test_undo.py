@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import fcntl
 import json
 import os
 import subprocess
@@ -257,6 +258,32 @@ class TestLock(UndoTestCase):
         log.push(demo_undo, what='a')
         self.assertRaises(exception.GuestBusy, self.new_log)
         self.assertEqual(1, len(undo.read(self.path).pending))
+
+    def test_snapshot_in_flight_is_told_of(self) -> None:
+        with self.new_log() as log:
+            log.push(demo_undo, what='a')
+            self.assertRaisesRegex(
+                exception.GuestBusy, 'instance-00000001 is in flight',
+                undo.check_idle, self.state, self.guest)
+            self.assertEqual(1, len(undo.read(self.path).pending))
+        undo.check_idle(self.state, self.guest)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_what_a_dead_process_left_is_not_in_flight(self) -> None:
+        log = self.new_log()
+        log.push(demo_undo, what='a')
+        log.close()
+        written = self.written()
+        undo.check_idle(self.state, self.guest)
+        self.assertEqual(written, self.written())
+        self.assertEqual(1, self.adopt().pending)
+
+    def test_who_only_looks_is_in_nobodys_way_who_does_so_too(self) -> None:
+        self.new_log().close()
+        self.write(b'')
+        with open(self.path, 'rb') as other:
+            fcntl.flock(other, fcntl.LOCK_SH)
+            undo.check_idle(self.state, self.guest)
 
     def test_dead_owners_unfinished_log_is_kept(self) -> None:
         log = self.new_log()
