@@ -27,8 +27,8 @@ from testtools import content
 from nova_snapshot_ext.cmd import snapshot as cli
 from tests.cloud import base
 
-# All that is stored of the guest's disk, 256 MiB, is read at least once, to find
-# the zeroes in it.
+# All that is stored of the guest's disk, 256 MiB, is read at least once, to
+# find the zeroes in it.
 STREAMED = 'snapshot_ext.transfers=streamed'
 VIRSH = ('virsh', '-c', 'qemu:///system')
 # Seconds for a refusal, most of which Python takes to start on a busy machine.
