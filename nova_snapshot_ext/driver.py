@@ -85,10 +85,16 @@ class NovaHost:
     """Nova's rights: its privileged functions, and its care of guests."""
 
     def __init__(self, driver: libvirt_driver.LibvirtDriver,
-                 instance: objects.Instance | None) -> None:
-        """:param instance: None if Nova has none on this host any more"""
+                 instance: objects.Instance | None,
+                 locked: bool = False) -> None:
+        """:param instance: None if Nova has none on this host any more
+
+        :param locked: the caller of this thread has Nova's lock of it, and
+            does with the guest what it wants
+        """
         self._driver = driver
         self._instance = instance
+        self._holder = threading.get_ident() if locked else None
 
     def let_group_pass(self, path: str, gid: int) -> None:
         privileged.let_group_pass(path, gid)
@@ -106,7 +112,7 @@ class NovaHost:
         return self._asked(_PAUSED, _PAUSING)
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
-        if self._instance is None:
+        if self._instance is None or self._is_locked():
             return contextlib.nullcontext()
         return _instance_lock(self._instance.uuid)
 
@@ -119,11 +125,15 @@ class NovaHost:
         :param not_while: states of a server whose guest is not ours
         :param not_before: what Nova is about to do to such a server
         """
-        if self._instance is None:
+        if self._instance is None or self._is_locked():
             yield False
             return
         with _instance_lock(self._instance.uuid):
             yield self._is_ours(self._instance, not_while, not_before)
+
+    def _is_locked(self) -> bool:
+        """The lock can't be had twice; another thread waits for it."""
+        return self._holder == threading.get_ident()
 
     def _is_ours(self, instance: objects.Instance,
                  not_while: tuple[str, ...],
@@ -258,12 +268,17 @@ class SnapshotLibvirtDriver(
         instances = super().process_instances_at_startup(context, instances)
         known = {instance.uuid: instance for instance in instances}
         deadline = time.monotonic() + _GUARDS_TIMEOUT_S
-        for path in undo.logs_in(state_directory()):
-            uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
-            self._finish(path, known.get(uuid), deadline)
+        try:
+            for path in undo.logs_in(state_directory()):
+                uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
+                self._finish(path, known.get(uuid), deadline)
+            reconcile.after_death(state_directory(), instances)
+        except OSError as error:
+            # Nova's own work does not wait for that.
+            LOG.error('What an earlier nova-compute left of its snapshots is '
+                      'not known, and nothing of it is undone: %s', error)
         for instance in instances:
             _forget_progress(instance)
-        reconcile.after_death(state_directory(), instances)
         return instances
 
     def _finish(self, path: str, instance: objects.Instance | None,
@@ -334,6 +349,9 @@ class SnapshotLibvirtDriver(
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
         request = self._request(instance, guest.root_disk())
+        # Nova shelves a server, and nothing else, under its lock.
+        host = NovaHost(self, instance, locked=(
+            record.snapshot.task_state == task_states.SHELVING))
         service = _image_service(context, image_id, record.announce)
 
         def before_upload() -> None:
@@ -343,12 +361,14 @@ class SnapshotLibvirtDriver(
 
         # Its turn first: what was planned before may not hold after a wait.
         with compute_utils.disk_ops_semaphore:
+            # What can serve depends on what the guest comes back to.
+            undo.finish_left_over(request.state_directory, guest, host)
             planned = snapshot.plan(
                 guest, wished, CONF.snapshot_ext.transfers, request)
             verify_hash = _must_verify_hash(instance)
             update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
             snapshot.take(
-                guest, NovaHost(self, instance), planned, request, service,
+                guest, host, planned, request, service,
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))

@@ -131,7 +131,11 @@ class Record(contextlib.AbstractContextManager['Record']):
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None,
                  traceback: types.TracebackType | None) -> None:
-        self.forget()
+        if kind is None or issubclass(kind, Exception):
+            self.forget()
+        else:
+            # The process ends, and Nova does not delete the image.
+            self.close()
 
 
 def left_in(directory: str) -> list[str]:

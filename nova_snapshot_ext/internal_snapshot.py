@@ -28,6 +28,7 @@ from oslo_log import log as logging
 from nova_snapshot_ext import borrowed
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import power
 from nova_snapshot_ext import processes
 from nova_snapshot_ext import qemu_img
@@ -88,33 +89,42 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
         try:
-            with _as_it_is(around):
+            with _as_it_is(around) as guest:
                 if power.is_gone(around) or (
-                        not _has_snapshot(around, path, name)):
+                        not _has_snapshot(guest, path, name)):
                     return
-                _delete_snapshot(around, path, name)
+                _delete_snapshot(around, guest, path, name)
+        except exception.UndoFailed:
+            raise       # somebody else is at work on the guest
         except exception.SnapshotError as error:
             LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
             time.sleep(0.2)
-    if not power.is_gone(around) and _has_snapshot(around, path, name):
-        raise exception.UndoFailed(
-            f'The internal snapshot {name} of {path} can not be deleted')
+    with _as_it_is(around) as guest:
+        if not power.is_gone(around) and _has_snapshot(guest, path, name):
+            raise exception.UndoFailed(
+                f'The internal snapshot {name} of {path} can not be deleted')
 
 
+@contextlib.contextmanager
 def _as_it_is(around: undo.Surroundings,
-              ) -> contextlib.AbstractContextManager[None]:
-    """Have a guest that is not on stay so, or found on after all.
+              ) -> collections.abc.Iterator[guests.Guest | None]:
+    """Give a guest that is on; have one that is not stay so, and give None.
 
     One that is being rebooted by Nova is off and gone for a while; and its
     start would fail while qemu-img has its disk open.
+
+    :raises UndoFailed: if it can't be had
     """
-    if power.running_guest(around) is None:
-        return around.host.undisturbed()
-    return contextlib.nullcontext()
-
-
-def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:
     guest = power.running_guest(around)
+    if guest is not None:
+        yield guest
+        return
+    with around.host.undisturbed():
+        yield power.running_guest(around)
+
+
+def _has_snapshot(guest: guests.Guest | None, path: str, name: str) -> bool:
+    """:param guest: None if it is off"""
     node = None if guest is None else guest.format_node(path)
     if node is not None:
         found = node['image']
@@ -126,9 +136,9 @@ def _has_snapshot(around: undo.Surroundings, path: str, name: str) -> bool:
                for snapshot in found.get('snapshots', ()))
 
 
-def _delete_snapshot(around: undo.Surroundings, path: str,
-                     name: str) -> None:
-    guest = power.running_guest(around)
+def _delete_snapshot(around: undo.Surroundings, guest: guests.Guest | None,
+                     path: str, name: str) -> None:
+    """:param guest: None if it is off"""
     if guest is None:
         with _own(around, path):
             _qemu_img_snapshot('-d', name, path)

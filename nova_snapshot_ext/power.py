@@ -96,7 +96,7 @@ def _wait_until_started(guest: guests.Guest) -> None:
 @undo.step
 @undo.with_guest
 def attach_device(around: undo.Surroundings, guest: guests.Guest,
-                  device: str, life: str | None) -> None:
+                  device: str, life: str | None = None) -> None:
     """Give back a device of the host, once the guest runs again.
 
     :param life: of the guest when it was asked to let go

@@ -48,7 +48,7 @@ _UUID = re.compile('-'.join(
     f'[0-9a-f]{{{digits}}}' for digits in (8, 4, 4, 4, 12)))
 #: how the device mapper calls a volume that Nova made for a server: VG-LV,
 #: with the hyphens within either doubled (lvm(8), Nova's Lvm image backend)
-_VOLUME = re.compile('.+[^-]-' + _UUID.pattern.replace('-[', '--[')
+_VOLUME = re.compile('.+-' + _UUID.pattern.replace('-[', '--[')
                      + '_disk[^/]*')
 
 

@@ -131,7 +131,8 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
         outcome = dead.settle(
             _glance(), record.snapshot, record.announced,
             _DIED if CONF.snapshot_ext.dead_image == 'keep' else None,
-            patient=waited < _SAVING_S)
+            patient=waited < max(
+                _SAVING_S, CONF.snapshot_ext.answer_timeout))
     except exception.ImageGone as error:
         # Glance says the same of an image that one may not see.
         if waited < _GIVE_UP_S:

@@ -40,6 +40,7 @@ from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rights
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
+from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 
@@ -287,11 +288,13 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
     with _shown_progress(options) as progress:
         request = dataclasses.replace(
             _request(options, configuration, guest), progress=progress)
+        host = recovery.host_for(guest, options.force)
+        # What can serve depends on what the guest comes back to.
+        undo.finish_left_over(request.state_directory, guest, host)
         planned = snapshot.plan(
             guest, wished, configuration.transfers, request)
         result = snapshot.take(
-            guest, recovery.host_for(guest, options.force), planned, request,
-            service,
+            guest, host, planned, request, service,
             images.Description(
                 name=options.name or _default_name(guest),
                 disk_format=options.format, container_format='bare',

@@ -52,12 +52,13 @@ def end_copy(around: undo.Surroundings, guest: guests.Guest, target: str,
 @undo.step
 @undo.with_guest
 def resume_guest(around: undo.Surroundings, guest: guests.Guest,
-                 life: str | None) -> None:
+                 life: str | None = None) -> None:
     """Let a guest run on that we suspended, unless it was started anew.
 
     :param life: the guest's then
     """
-    if guest.state() is guests.State.PAUSED and guest.life() == life:
+    if (guest.state() is guests.State.PAUSED
+            and life in (None, guest.life())):
         guest.resume()
 
 

@@ -55,7 +55,7 @@ def settle(glance: typing.Any, snapshot: in_flight.Snapshot,
         if image.get(_OF_SERVER) != snapshot.instance_uuid:
             return f'{name} is not of this server, and left alone'
         status, size = image.get('status'), image.get('size')
-        if status == 'active' and announced and size not in announced:
+        if status == 'active' and _is_part(size, announced):
             # Before release 31 Glance is not told the size, and may take
             # what came until then for all of it.
             _delete(glance, snapshot.image_id)
@@ -72,6 +72,12 @@ def settle(glance: typing.Any, snapshot: in_flight.Snapshot,
         _write_reason(glance, snapshot.image_id, keep,
                       'replace' if PROPERTY in image else 'add')
         return f'{name} is {status}, and left with the reason in {PROPERTY}'
+
+
+def _is_part(size: object, announced: list[int]) -> bool:
+    """Whether that is less than was announced, and no whole body."""
+    return (isinstance(size, int) and size not in announced
+            and size < max(announced, default=0))
 
 
 def _delete(glance: typing.Any, image_id: str) -> None:

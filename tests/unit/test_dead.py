@@ -59,6 +59,12 @@ class TestSettle(test_glance.GlanceTestCase):
                           patient=True)
         self.assertEqual([], self.changes())
 
+    def test_image_that_others_have_filled_stays(self) -> None:
+        for size in (30, None):
+            self.add(status='active', size=size)
+            self.settle(announced=[10, 20])
+        self.assertEqual([], self.changes())
+
     def test_whole_image_stays(self) -> None:
         self.add(status='active', size=20)
         self.assertIn('is active, and left alone',

@@ -13,6 +13,7 @@
 import collections.abc
 import contextlib
 import os
+import threading
 import time
 import typing
 
@@ -968,6 +969,25 @@ class TestNovaHost(DriverTestCase):
                                blocking=False).__enter__)
         with driver.NovaHost(self.driver, None).undisturbed():
             pass
+
+    def test_lock_that_the_caller_has_is_not_waited_for(self) -> None:
+        self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
+        host = driver.NovaHost(self.driver, self.instance, locked=True)
+        with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
+            with host.undisturbed(), host.may_start() as may_start:
+                # Whoever has it does with the guest what it wants.
+                self.assertFalse(may_start)
+            found: list[object] = []
+
+            def from_another_thread() -> None:
+                try:
+                    host.undisturbed().__enter__()
+                except exception.UndoFailed as error:
+                    found.append(error)
+            thread = threading.Thread(target=from_another_thread)
+            thread.start()
+            thread.join()
+        self.assertEqual(1, len(found))
 
     def test_guest_that_was_paused_since_may_be_started_not_resumed(
             self) -> None:

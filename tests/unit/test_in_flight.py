@@ -30,6 +30,13 @@ class TestRecord(base.TestCase):
         self.addCleanup(record.close)
         return record
 
+    def test_process_that_ends_leaves_it_to_the_next(self) -> None:
+        def end() -> None:
+            with self.begin():
+                raise SystemExit
+        self.assertRaises(SystemExit, end)
+        self.assertEqual(1, len(in_flight.left_in(self.state)))
+
     def test_it_is_there_as_long_as_the_snapshot(self) -> None:
         with self.begin() as record:
             self.assertEqual([record.path], in_flight.left_in(self.state))

@@ -13,7 +13,11 @@
 
 """An internal snapshot is deleted, and it is seen whether it was."""
 
+import contextlib
 import os
+import typing
+
+import libvirt
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import internal_snapshot
@@ -68,6 +72,33 @@ class TestDelete(InternalSnapshotTestCase):
         self.delete()
         self.assertEqual(['theirs'], self.qemu_img.snapshots)
         self.assertEqual(['delete by monitor'], self.journal.of('delete'))
+
+    def test_guest_that_stops_meanwhile_is_kept_as_it_is(self) -> None:
+        @contextlib.contextmanager
+        def undisturbed() -> typing.Iterator[None]:
+            self.journal.append('locked')
+            yield
+            self.journal.append('unlocked')
+        self.patch(self.host, 'undisturbed', undisturbed)
+
+        def monitor(*arguments: object) -> typing.NoReturn:
+            self.domain.off()
+            raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID)
+        self.patch_name('libvirt_qemu.qemuMonitorCommand', monitor)
+        self.delete()
+        self.assertEqual(['theirs'], self.qemu_img.snapshots)
+        self.assertEqual(['locked', 'qemu-img snapshot -d', 'unlocked'],
+                         self.journal[:3])
+
+    def test_guest_that_nova_holds_is_waited_for_once(self) -> None:
+        def undisturbed() -> typing.NoReturn:
+            self.journal.append('asked')
+            raise exception.UndoFailed('Nova has held it')
+        self.domain.off()
+        self.patch(self.host, 'undisturbed', undisturbed)
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'Nova has held it', self.delete)
+        self.assertEqual(['asked'], self.journal)
 
     def test_stopped_guests_is_deleted_by_qemu_img(self) -> None:
         self.domain.off()

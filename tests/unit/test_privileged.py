@@ -123,11 +123,11 @@ class TestGiveDisk(base.TestCase):
             self.patch_name('nova_snapshot_ext.privileged._name_of',
                             lambda device, name=name: name)
             self.assert_refused(self.disk)
-        for name in (VOLUME, f'{VOLUME}.swap'):
+        for name in (VOLUME, f'v-{VOLUME[6:]}', f'{VOLUME}.swap'):
             self.patch_name('nova_snapshot_ext.privileged._name_of',
                             lambda device, name=name: name)
             self.give(self.disk)
-        self.assertEqual(2, len(self.changed))
+        self.assertEqual(3, len(self.changed))
 
     def test_device_that_is_no_volume_has_no_name(self) -> None:
         self.assertEqual('', privileged._name_of(os.makedev(1, 3)))

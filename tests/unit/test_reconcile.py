@@ -207,6 +207,7 @@ class TestImage(ReconcileTestCase):
                       self.output.output)
 
     def test_image_that_is_being_stored_is_waited_for_a_while(self) -> None:
+        nova.conf.CONF.set_override('answer_timeout', 1, 'snapshot_ext')
         self.answers = [exception.ImageServiceError('saving')] * 9 + ['done']
         self.leave()
         self.after_death()
