@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 #: every property of an image that we write begins so
 PROPERTY = 'snapshot_ext_'
 
+_END_IS_KNOWN_S = 2.0
 _MADE = progress.Phase('made', 0, 50)
 _SENT_THEN = progress.Phase('sent', 50, 100)
 _SENT = progress.Phase('sent', 0, 100)
@@ -353,10 +354,27 @@ class _Taking:
         try:
             yield
         except (exception.SnapshotError, OSError) as error:
+            if isinstance(error, exception.TransferFailed):
+                self._wait_for_end(frozen, ran_as)
             loss = self._loss(frozen, ran_as)
             if loss is None or loss is error:
                 raise
             raise loss from error
+
+    def _wait_for_end(self, frozen: frozen_.Frozen,
+                      ran_as: str | None) -> None:
+        """A QEMU's sockets close a moment before libvirt knows its end.
+
+        :param ran_as: the guest's life when its disk was frozen
+        """
+        if (ran_as is None or not frozen.by_guest or frozen.why_lost()
+                or self.request.cancellation.reason):
+            return
+        deadline = time.monotonic() + _END_IS_KNOWN_S
+        with contextlib.suppress(exception.SnapshotError):
+            while (self.guest.life() == ran_as
+                   and time.monotonic() < deadline):
+                time.sleep(0.1)
 
     def _loss(self, frozen: frozen_.Frozen,
               ran_as: str | None) -> exception.SnapshotError | None:

@@ -495,6 +495,13 @@ class TestTake(SnapshotTestCase):
         error = self.assertRaises(exception.TransferFailed, self.take)
         self.assertIn('was shut off', str(error))
 
+    def test_guest_that_libvirt_sees_off_a_moment_later_is_the_error(
+            self) -> None:
+        self.fail_after(lambda: None)
+        self.patch_name('time.sleep', lambda seconds: self.domain.off())
+        error = self.assertRaises(exception.TransferFailed, self.take)
+        self.assertIn('was shut off', str(error))
+
     def test_guest_that_was_started_anew_is_the_error(self) -> None:
         def restart() -> None:
             self.domain.off()
