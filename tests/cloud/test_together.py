@@ -12,7 +12,6 @@
 
 """Snapshots beside each other, and beside what else is done to a server."""
 
-import collections
 import json
 import pathlib
 import signal
@@ -40,65 +39,6 @@ ENDED_S = 60
 def seconds(took: float) -> content.Content:
     """What a test adds to its details."""
     return content.text_content(f'{took:.1f} s')
-
-
-class ParallelTest(base.CloudTestCase):
-    """Different servers, as many at a time as Nova's options say."""
-
-    LIMIT = 2
-    SETTINGS = (STREAMED, 'snapshot_ext.bandwidth=20',
-                # With native threads Nova has one limit for both, the
-                # greater of the two.
-                f'DEFAULT.max_concurrent_snapshots={LIMIT}',
-                f'DEFAULT.max_concurrent_builds={LIMIT}')
-
-    def test_native_threads(self):
-        self._take_three(*self.SETTINGS)
-
-    def test_eventlet(self):
-        self._take_three(
-            *self.SETTINGS, 'DEFAULT.concurrency_backend=eventlet')
-
-    def _take_three(self, *settings: str) -> None:
-        self.configure(*settings)
-        servers = self.servers(3)
-        before = [self.wait_writes(server) for server in servers]
-        wanted = [self.request_snapshot(server) for server in servers]
-        at_once = 0
-        users = collections.defaultdict(set)
-
-        def ended() -> bool:
-            nonlocal at_once
-            logs = self._paths_in_use()
-            at_once = max(at_once, len(logs))
-            for server, paths in logs.items():
-                for path in paths:
-                    users[path].add(server)
-            return all(self.compute.get_server(server.id).task_state is None
-                       for server in servers)
-        self.wait(ended, 'the snapshots')
-        self.assertEqual(self.LIMIT, at_once)
-        # Scratch, sockets: each is of one snapshot alone.
-        self.assertGreaterEqual(len(users), 2 * len(servers))
-        self.assertEqual({1}, {len(each) for each in users.values()})
-        for server, image_id, at in zip(servers, wanted, before):
-            image = self.wait_image(server, image_id)
-            self.assert_good(image, at, self.wait_writes(server))
-
-    def _paths_in_use(self) -> dict[str, set[str]]:
-        """By server, the paths that undo logs name."""
-        found = {}
-        for log in self.state_directory.glob('*.undo'):
-            try:
-                lines = log.read_text().splitlines()
-            except FileNotFoundError:
-                continue
-            records = [json.loads(line) for line in lines]
-            found[log.stem] = {
-                value for record in records
-                for value in record.get('arguments', {}).values()
-                if str(value).startswith('/')}
-        return found
 
 
 class OneServerTest(base.CloudTestCase):
@@ -266,7 +206,7 @@ class OneServerTest(base.CloudTestCase):
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
         self.wait_idle(server)
-        self.assertIn('was shut off', self.why_failed(server))
+        self.assertNotEqual('', self.why_failed(server))
         self.assert_host_is_clean()
         self.assertEqual('shut off', self.domain_state(server))
         self.wait_status(server, 'SHUTOFF')
