@@ -172,14 +172,15 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
 
     @classmethod
     def adopt(cls, path: str, find_guest: FindGuest,
-              host: hosts.Host) -> 'UndoLog':
+              host: hosts.Host, name: str | None = None) -> 'UndoLog':
         """Take over the log of a dead process.
 
+        :param name: of the guest, for the message where it is known
         :raises GuestBusy: if its owner lives
         :raises FileNotFoundError: if there is none (any more)
         :raises ValueError: if it can't be understood
         """
-        descriptor = open_locked(path, 0, path)
+        descriptor = open_locked(path, 0, name or path)
         try:
             found = read(path)
             drop_cut_line(descriptor)
@@ -472,7 +473,8 @@ def finish_left_over(directory: str, guest: guests.Guest,
     """
     path = os.path.join(directory, guest.uuid + SUFFIX)
     try:
-        log = UndoLog.adopt(path, lambda uri, uuid: guest, host)
+        log = UndoLog.adopt(
+            path, lambda uri, uuid: guest, host, guest.name)
     except (FileNotFoundError, ValueError):
         return      # create() says what is wrong with it
     log.unwind()

@@ -259,6 +259,12 @@ class TestLock(UndoTestCase):
         self.assertRaises(exception.GuestBusy, self.new_log)
         self.assertEqual(1, len(undo.read(self.path).pending))
 
+    def test_what_a_living_process_left_names_the_guest(self) -> None:
+        with self.new_log():
+            self.assertRaisesRegex(
+                exception.GuestBusy, 'instance-00000001 is in flight',
+                undo.finish_left_over, self.state, self.guest, self.host)
+
     def test_snapshot_in_flight_is_told_of(self) -> None:
         with self.new_log() as log:
             log.push(demo_undo, what='a')
