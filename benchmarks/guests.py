@@ -76,17 +76,7 @@ def practising(cloud: clouds.Cloud) -> collections.abc.Iterator[None]:
     """Have a server for what nova-compute does after each start, see
     :attr:`clouds.Cloud.practice`.
     """
-    name = f'{clouds.PREFIX}practice'
-    with contextlib.ExitStack() as stack:
-        flavor = cloud.compute.create_flavor(
-            name=name, vcpus=1, ram=256, disk=1)
-        stack.callback(cloud.compute.delete_flavor, flavor)
-        server = cloud.compute.create_server(
-            name=name, networks='none', flavor_id=flavor.id,
-            image_id=cloud.images.find_image(
-                _IMAGE, ignore_missing=False).id)
-        stack.callback(_delete, cloud, server)
-        cloud.wait_status(server, 'ACTIVE')
+    with _server(cloud, f'{clouds.PREFIX}practice', 1) as server:
         cloud.compute.pause_server(server)
         cloud.wait_status(server, 'PAUSED')
         cloud.practice = server
@@ -104,15 +94,7 @@ def writing(cloud: clouds.Cloud,
     disk_gib = math.ceil(data_gib + _DATA_OFFSET / GIB)
     name = f'{clouds.PREFIX}{data_gib:g}'
     with contextlib.ExitStack() as stack:
-        flavor = cloud.compute.create_flavor(
-            name=name, vcpus=1, ram=256, disk=disk_gib)
-        stack.callback(cloud.compute.delete_flavor, flavor)
-        server = cloud.compute.create_server(
-            name=name, networks='none', flavor_id=flavor.id,
-            image_id=cloud.images.find_image(
-                _IMAGE, ignore_missing=False).id)
-        stack.callback(_delete, cloud, server)
-        cloud.wait_status(server, 'ACTIVE')
+        server = stack.enter_context(_server(cloud, name, disk_gib))
         progress.say(f'{name} is active')
         guest = Guest(server, data_gib,
                       cloud.instance(server) / 'console.log',
@@ -129,6 +111,23 @@ def writing(cloud: clouds.Cloud,
         progress.say(f'{name} writes; {data_gib:g} GiB of random data in '
                      f'its disk')
         yield guest
+
+
+@contextlib.contextmanager
+def _server(cloud: clouds.Cloud, name: str,
+            disk_gib: int) -> collections.abc.Iterator[typing.Any]:
+    """Have a server that is active."""
+    with contextlib.ExitStack() as stack:
+        flavor = cloud.compute.create_flavor(
+            name=name, vcpus=1, ram=256, disk=disk_gib)
+        stack.callback(cloud.compute.delete_flavor, flavor)
+        server = cloud.compute.create_server(
+            name=name, networks='none', flavor_id=flavor.id,
+            image_id=cloud.images.find_image(
+                _IMAGE, ignore_missing=False).id)
+        stack.callback(_delete, cloud, server)
+        cloud.wait_status(server, 'ACTIVE')
+        yield server
 
 
 def _delete(cloud: clouds.Cloud, server: typing.Any) -> None:

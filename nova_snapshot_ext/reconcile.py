@@ -12,7 +12,7 @@
 
 """What a dead nova-compute left beyond its guests: in Nova, and in Glance.
 
-Beside driver.py the only module of nova-compute that imports Nova. A
+Calls Nova, as driver.py does and, for what root does, privileged.py. A
 server's task state is cleared before Nova initialises it. The rest is done by
 one thread, again and again while there is no clear answer, for a day; then the
 next start of nova-compute goes on with it.

@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 #: every property of an image that we write begins so
 PROPERTY = 'snapshot_ext_'
 
+# How long libvirt may take to know that a guest ended whose disk was read.
 _END_IS_KNOWN_S = 2.0
 _MADE = progress.Phase('made', 0, 50)
 _SENT_THEN = progress.Phase('sent', 50, 100)

@@ -36,6 +36,17 @@ from tests.functional import base
 from tests.functional import guests
 from tests.functional import images
 
+#: for a script that has request, staging and state: what it asks for
+WANTED = """\
+wanted = request.Request(
+    image_format='qcow2', compress=False,
+    quiesce=request.Quiesce.IF_POSSIBLE, staging_directory=staging,
+    staging_setting='staging', scratch_directory=staging,
+    state_directory=state, socket_directory=state,
+    managed_save_directory='/', freeze_timeout=10, copy_timeout=60,
+    convert_timeout=60)
+"""
+
 BOTH_TRANSFERS = (('staged', 'qcow2'), ('streamed', 'qcow2'),
                   ('staged', 'raw'), ('streamed', 'raw'))
 

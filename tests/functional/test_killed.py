@@ -88,13 +88,7 @@ _TAKE = textwrap.dedent('''
         noted(name)
 
     ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
-    wanted = request.Request(
-        image_format='qcow2', compress=False,
-        quiesce=request.Quiesce.IF_POSSIBLE, staging_directory=staging,
-        staging_setting='staging', scratch_directory=staging,
-        state_directory=state, socket_directory=state,
-        managed_save_directory='/', freeze_timeout=10, copy_timeout=60,
-        convert_timeout=60)
+''') + test_flows.WANTED + textwrap.dedent('''\
     planned = snapshot.plan(
         ours, selection.Wish((flow,), 'test', True), ['streamed'], wanted)
     snapshot.take(

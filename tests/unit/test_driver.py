@@ -30,7 +30,6 @@ from oslo_concurrency import lockutils
 from oslo_config import fixture as config_fixture
 from oslo_utils.fixture import uuidsentinel as uuids
 
-from nova_snapshot_ext import conf
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
@@ -41,6 +40,7 @@ from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import fakes
+from tests.unit import nova_config
 
 objects.register_all()
 journal = fakes.Journal()
@@ -92,11 +92,7 @@ class DriverTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        conf.register_opts(nova.conf.CONF)
-        self.config = self.useFixture(
-            config_fixture.Config(nova.conf.CONF)).config
-        nova.conf.CONF([], project='nova', default_config_files=[],
-                       default_config_dirs=[])
+        self.config = nova_config.use(self)
         self.config(host='compute-1', state_path=self.directory)
         self.config(virt_type='kvm', snapshots_directory=self.staging,
                     group='libvirt')
@@ -695,6 +691,35 @@ class TestRecovery(DriverTestCase):
              'may start True'], journal)
         self.assertFalse(os.path.exists(path))
         self.assertIn(f'What {path} said is undone', self.output.output)
+
+    def test_next_snapshot_is_planned_when_that_is_undone(self) -> None:
+        self.leave_log()
+        real = snapshot.plan
+
+        def plan(*arguments: typing.Any) -> snapshot.Plan:
+            journal.append('plan')
+            return real(*arguments)
+        self.patch_name('nova_snapshot_ext.snapshot.plan', plan)
+        self.snapshot()
+        self.assertEqual(['recovered instance-00000001', 'cpus',
+                          'may start True', 'plan'], journal)
+
+    def test_shelving_has_the_lock_and_starts_no_guest(self) -> None:
+        self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
+        self.leave_log()
+        self.instance.task_state = task_states.SHELVING
+        with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
+            self.snapshot(lambda *arguments, **more: None)
+        self.assertEqual(
+            ['recovered instance-00000001', 'may start False'], journal)
+
+    def test_directory_that_can_not_be_read_keeps_no_nova_from_starting(
+            self) -> None:
+        def refuse(directory: str) -> list[str]:
+            raise PermissionError(13, 'Permission denied', directory)
+        self.patch_name('nova_snapshot_ext.undo.logs_in', refuse)
+        self.process(self.instance)
+        self.assertIn('nothing of it is undone', self.output.output)
 
     def test_guest_that_nova_has_no_more_is_not_started(self) -> None:
         self.leave_log()

@@ -267,33 +267,35 @@ class TestGuard(base.TestCase):
             self.assertFalse(os.path.exists(log.path))
             log._entries.clear()
 
-    def test_living_owner_goes_on_with_what_failed(self) -> None:
-        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
-        errors.extend([exception.UndoFailed('no'), exception.UndoFailed('no')])
-        journal.clear()
+    def ended_in_vain(self) -> tuple[undo.UndoLog, int]:
+        """End a snapshot whose undo fails.
+
+        :returns: its log, and how its guard ended
+        """
         with guard.Guard() as guarding:
             log = self.new_log()
             guarding.watch(log)
             log.push(demo_guard_step, what='failing')
             self.assertRaises(exception.UndoFailed, log.unwind)
-        # The guard does not know this step: it was its owner.
         process = guarding._process
         assert process is not None
-        self.assertEqual(0, process.wait(30))
+        return log, process.wait(30)
+
+    def test_living_owner_goes_on_with_what_failed(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
+        errors.extend([exception.UndoFailed('no'), exception.UndoFailed('no')])
+        journal.clear()
+        log, code = self.ended_in_vain()
+        # The guard does not know this step: it was its owner.
+        self.assertEqual(0, code)
         self.assertEqual(['failing'] * 3, journal)
         self.assertFalse(os.path.exists(log.path))
 
     def test_what_its_owner_gives_up_is_not_the_guards(self) -> None:
         self.patch_name('nova_snapshot_ext.guard._RETRY_TIMEOUT_S', -1.0)
         errors.extend([exception.UndoFailed('no'), exception.UndoFailed('no')])
-        with guard.Guard() as guarding:
-            log = self.new_log()
-            guarding.watch(log)
-            log.push(demo_guard_step, what='failing')
-            self.assertRaises(exception.UndoFailed, log.unwind)
-        process = guarding._process
-        assert process is not None
-        self.assertEqual(-signal.SIGKILL, process.wait(30))
+        log, code = self.ended_in_vain()
+        self.assertEqual(-signal.SIGKILL, code)
         self.assertEqual(1, len(undo.read(log.path).pending))
 
     def test_it_leaves_a_living_owner_alone(self) -> None:

@@ -80,9 +80,17 @@ class TestDelete(InternalSnapshotTestCase):
             yield
             self.journal.append('unlocked')
         self.patch(self.host, 'undisturbed', undisturbed)
+        real = self.domain.state
+
+        def state() -> list[int]:
+            # It ran at the first look.
+            self.patch(self.domain, 'state', real)
+            now = real()
+            self.domain.off()
+            return now
+        self.patch(self.domain, 'state', state)
 
         def monitor(*arguments: object) -> typing.NoReturn:
-            self.domain.off()
             raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID)
         self.patch_name('libvirt_qemu.qemuMonitorCommand', monitor)
         self.delete()

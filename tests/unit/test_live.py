@@ -316,6 +316,11 @@ class TestUndo(LiveTestCase):
         live.resume_guest(self.around, life=self.guest.life())
         self.assertEqual(['resume'], self.journal.of('resume'))
 
+    def test_log_of_before_says_nothing_of_its_life(self) -> None:
+        self.guest.suspend()
+        live.resume_guest(self.around)
+        self.assertEqual(['suspend', 'resume'], self.journal)
+
     def test_guest_is_not_resumed_after_a_reboot(self) -> None:
         self.guest.suspend()
         live.resume_guest(undo.Surroundings(self.guest, self.host, True),

@@ -17,12 +17,10 @@ import threading
 import typing
 
 from nova.compute import task_states
-import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
 from oslo_config import cfg
-from oslo_config import fixture as config_fixture
 
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import exception
@@ -30,6 +28,7 @@ from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import reconcile
 from tests.unit import base
 from tests.unit import fakes
+from tests.unit import nova_config
 
 objects.register_all()
 
@@ -38,11 +37,7 @@ class ReconcileTestCase(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        conf.register_opts(nova.conf.CONF)
-        self.config = self.useFixture(
-            config_fixture.Config(nova.conf.CONF)).config
-        nova.conf.CONF([], project='nova', default_config_files=[],
-                       default_config_dirs=[])
+        self.config = nova_config.use(self)
         self.instance = objects.Instance(
             uuid=fakes.UUID, id=1, host='compute-1',
             task_state=task_states.IMAGE_BACKUP)
@@ -207,12 +202,20 @@ class TestImage(ReconcileTestCase):
                       self.output.output)
 
     def test_image_that_is_being_stored_is_waited_for_a_while(self) -> None:
-        nova.conf.CONF.set_override('answer_timeout', 1, 'snapshot_ext')
+        self.config(answer_timeout=1, group='snapshot_ext')
         self.answers = [exception.ImageServiceError('saving')] * 9 + ['done']
         self.leave()
         self.after_death()
         self.assertEqual([True] * 6 + [False] * 4,
                          [patient for *_, patient in self.settled])
+
+    def test_store_may_take_as_long_as_for_a_living_one(self) -> None:
+        self.config(answer_timeout=1000, group='snapshot_ext')
+        self.answers = [exception.ImageServiceError('saving')] * 9 + ['done']
+        self.leave()
+        self.after_death()
+        patient = [patient for *_, patient in self.settled]
+        self.assertGreater(patient.count(True), 6)
 
     def test_one_that_can_not_be_settled_keeps_no_other(self) -> None:
         self.answers = [exception.ImageRefused('403'), 'one', 'other']
