@@ -185,8 +185,8 @@ class TestImages(StreamedTestCase):
             'null', f'size={2 ** 51 + 512}'))
         with testtools.ExpectedException(
                 exception.TransferFailed, '.*can hold.*'):
-            with self.image(export):
-                pass
+            with self.image(export) as image:
+                image.open()
 
     def test_zeroes_of_a_qcow2_disk_are_holes(self):
         path = self.directory / 'disk'
@@ -338,8 +338,7 @@ class TestFaults(StreamedTestCase):
             self.stop(export)
             [pid] = processes.having(f'--unix={export.socket}')
             began = time.monotonic()
-            os.close(stream._control)
-            stream._open.remove(stream._control)
+            stream._control.close()
             while pathlib.Path(f'/proc/{pid}/exe').exists():
                 self.assertLess(time.monotonic() - began, 10)
                 time.sleep(0.02)
