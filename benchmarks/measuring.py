@@ -97,6 +97,7 @@ def measure(cloud: clouds.Cloud, guest: guests.Guest,
         contestant=contestant.name, round=number, data_gib=guest.data_gib,
         seconds=ended - began, image_bytes=image.size,
         staged_bytes=watch.staged_bytes, scratch_bytes=watch.scratch_bytes,
+        reserved_bytes=watch.reserved_bytes,
         touched_bytes=clusters.bytes if clusters else None,
         written_bytes=used.written_bytes if contestant.setup else 0,
         device_bytes=(None if device_before is None or device_after is None

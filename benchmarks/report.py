@@ -53,6 +53,7 @@ _COSTS: tuple[Column, ...] = (
     ('image, MiB', lambda each: each.image_bytes / _MIB, 0),
     _STAGED,
     _SCRATCH,
+    ('reserved for it, MiB', lambda each: each.reserved_bytes / _MIB, 0),
     ('written by nova-compute, MiB',
      lambda each: each.written_bytes / _MIB, 1),
     ('written by all, MiB',
@@ -89,10 +90,11 @@ def labels(taken: results.Results) -> dict[str, str]:
 
 
 def _by_floor(taken: results.Results, found: Rows) -> str:
+    """:param found: of one amount of data, and not empty"""
     value = spread.ratio(
         spread.Spread.of(each.seconds for each in found),
-        spread.Spread.of(
-            each.seconds for each in taken.of(contestants.FLOOR)))
+        spread.Spread.of(each.seconds for each in taken.of(
+            contestants.FLOOR, found[0].data_gib)))
     return _NOTHING if value is None else f'{value:.2f}'
 
 
@@ -137,8 +139,9 @@ def shares_table(taken: results.Results) -> table.Table:
 def growth_table(taken: results.Results) -> table.Table:
     return table.Table(
         'growth', 'Growth over the data in the disk',
-        ('What', 'Data, GiB', *_headings(_GROWTH)),
-        [(label, f'{size:g}', *_cells(_GROWTH, found))
+        ('What', 'Data, GiB', '÷ floor', *_headings(_GROWTH)),
+        [(label, f'{size:g}', _by_floor(taken, found),
+          *_cells(_GROWTH, found))
          for name, label in labels(taken).items()
          if len({each.data_gib for each in taken.snapshots
                  if each.contestant == name}) > 1

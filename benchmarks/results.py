@@ -34,6 +34,8 @@ class Snapshot:
     #: at most, at one time
     staged_bytes: int
     scratch_bytes: int
+    #: of the disk, for the scratch to grow into
+    reserved_bytes: int
     #: 64 KiB clusters that the guest wrote to; None if nobody counted
     touched_bytes: int | None
     #: by nova-compute and the processes that it started

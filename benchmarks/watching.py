@@ -12,6 +12,7 @@
 
 """What can only be seen while it happens, looked at several times a second."""
 
+import collections.abc
 import contextlib
 import os
 import pathlib
@@ -22,17 +23,26 @@ from benchmarks import proc
 _POLL_S = 0.1
 
 
-def held_bytes(directory: pathlib.Path) -> int:
-    """What the files below a directory take of the disk.
-
-    Files, and directories, may go meanwhile.
-    """
-    held = 0
+def _files(directory: pathlib.Path,
+           ) -> collections.abc.Iterator[os.stat_result]:
+    """What is below a directory; files, and directories, may go meanwhile."""
     for parent, _, files in os.walk(directory):
         for name in files:
             with contextlib.suppress(FileNotFoundError):
-                held += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return held
+                yield os.lstat(os.path.join(parent, name))
+
+
+def held_bytes(directory: pathlib.Path) -> int:
+    """What the files below a directory take of the disk."""
+    return sum(each.st_blocks * 512 for each in _files(directory))
+
+
+def filled_bytes(directory: pathlib.Path) -> int:
+    """How long the files below a directory are.
+
+    What a file was given of the disk beyond its end was never written.
+    """
+    return sum(each.st_size for each in _files(directory))
 
 
 class Qemu:
@@ -65,7 +75,9 @@ class Qemu:
 class Watch(contextlib.AbstractContextManager['Watch']):
     """Peaks of directories, and QEMU, from a thread of its own.
 
-    :ivar staged_bytes, scratch_bytes: what they held at most
+    :ivar staged_bytes: what the first took of the disk at most
+    :ivar scratch_bytes: what was written into the second at most
+    :ivar reserved_bytes: what the second took of the disk at most
     """
 
     def __init__(self, staging: pathlib.Path, scratch: pathlib.Path,
@@ -77,6 +89,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.staged_bytes = 0
         self.scratch_bytes = 0
+        self.reserved_bytes = 0
 
     def __enter__(self) -> 'Watch':
         self._thread.start()
@@ -94,5 +107,7 @@ class Watch(contextlib.AbstractContextManager['Watch']):
     def _look(self) -> None:
         self.staged_bytes = max(self.staged_bytes, held_bytes(self._staging))
         self.scratch_bytes = max(self.scratch_bytes,
-                                 held_bytes(self._scratch))
+                                 filled_bytes(self._scratch))
+        self.reserved_bytes = max(self.reserved_bytes,
+                                  held_bytes(self._scratch))
         self._qemu.look()
