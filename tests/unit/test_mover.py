@@ -316,6 +316,25 @@ class TestStoredZeroes(MoverTestCase):
         _, again = self.image_of(bytes(content))
         self.assertLess(again, 32 * MIB * 0.7)
 
+    def test_places_are_looked_at_together(self) -> None:
+        disk = fake_libnbd.Disk(b'x' * 32 * MIB, [(32 * MIB, 0)])
+        self.move(disk, 'qcow2', in_flight=1)
+        self.assertEqual(8, disk.most_in_flight)
+
+    def test_looking_is_told_while_it_takes_long(self) -> None:
+        self.patch_name('nova_snapshot_ext.zeroes._TELL_S', 0.0)
+        size = 64 * MIB
+        disk = fake_libnbd.Disk(bytes(size), [(size, 0)])
+        self.move(disk, 'qcow2')
+        *looked, length, _ = self.said
+        self.assertIn('length', length)
+        self.assertEqual({size}, {words['of'] for words in looked})
+        # A few megabytes, and then eight at a time, up to the end.
+        offsets = [words['looked'] for words in looked]
+        self.assertEqual(sorted(offsets), offsets)
+        self.assertGreater(len(offsets), size // (8 * MIB))
+        self.assertGreaterEqual(offsets[-1], size - 8 * MIB)
+
     def test_read_that_fails_while_zeroes_are_looked_for(self) -> None:
         disk = fake_libnbd.Disk(bytes(MIB), [(MIB, 0)])
         disk.bad.add(0)

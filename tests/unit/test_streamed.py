@@ -32,6 +32,7 @@ arguments = sys.argv[1:]
 with open({path!r}, 'rb') as file: image = file.read()
 with open({path!r} + '.log', 'a') as log: print(*arguments, file=log)
 def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
+say(looked=1, of=4)
 say(length=len(image))
 name = None
 for line in sys.stdin:
@@ -151,6 +152,12 @@ class TestStreamed(base.TestCase):
                 self.assertEqual(5, image.length)
                 self.assertEqual(b'image', file.read())
         self.assertEqual(1, len(self.started()), 'extents were read twice')
+
+    def test_how_far_the_disk_is_looked_through_is_told(self) -> None:
+        told = []
+        with self.image(progress=lambda *each: told.append(each)) as image:
+            image.open().read()
+        self.assertEqual([(1, 4)], told)
 
     def test_disk_is_laid_out_before_anybody_asks(self) -> None:
         with self.image():
