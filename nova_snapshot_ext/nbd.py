@@ -18,8 +18,6 @@ binding only.
 
 import collections
 import collections.abc
-import itertools
-import operator
 import queue
 import threading
 import time
@@ -210,15 +208,17 @@ class _Question:
               error: object) -> int:
         if context != nbd.CONTEXT_BASE_ALLOCATION or start != self.position:
             return 0
-        # Lengths and flags in turn; millions of them at a time.
+        # Lengths and flags in turn; millions of them at a time. The last
+        # extent may reach beyond what was asked for.
         lengths = entries[::2]
-        data = map(nbd.STATE_ZERO.__and__, map(operator.invert, entries[1::2]))
-        *starts, position = itertools.accumulate(lengths, initial=start)
-        # The last extent may reach beyond what was asked for.
-        self._clusters.mark_extents(itertools.compress(
-            zip(starts, lengths, strict=True), data), self.end)
-        self.position = position
+        self._clusters.mark_extents(
+            start, lengths, entries[1::2], _holds_data, self.end)
+        self.position = start + sum(lengths)
         return 0
+
+
+def _holds_data(flags: int) -> bool:
+    return not flags & nbd.STATE_ZERO
 
 
 class _Buffer:
