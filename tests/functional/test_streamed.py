@@ -48,7 +48,7 @@ from tests import qcow2 as independent
 KIB = 1024
 MIB = 1024 ** 2
 DISKS = int(os.environ.get('STREAMED_SOAK_DISKS', '10'))
-PROGRAMS = ('nbdkit', 'qemu-nbd', 'qemu-img', 'cc')
+PROGRAMS = ('nbdkit', 'qemu-nbd', 'qemu-img')
 
 
 class NoGuest(our_guests.Guest):
@@ -214,7 +214,7 @@ class TestImages(StreamedTestCase):
         self.assertLess(len(parsed.where), 16 * (25 + 5))
 
     def test_any_second_cluster_of_a_disk(self):
-        export = self.useFixture(nbd_servers.Alternating('1G'))
+        export = self.useFixture(nbd_servers.Alternating(1024 * MIB))
         parsed = self.assert_good(export, self.stream(export))
         self.assertEqual(list(range(0, 16384, 2)), sorted(parsed.where))
 
@@ -378,7 +378,7 @@ class TestBandwidth(StreamedTestCase):
 class TestLargest(StreamedTestCase):
 
     def test_memory_and_time_of_two_tebibytes_of_alternating_extents(self):
-        export = self.useFixture(nbd_servers.Alternating('2T'))
+        export = self.useFixture(nbd_servers.Alternating(2 * 1024 ** 4))
         began = time.monotonic()
         with self.image(export) as image, image.open() as file:
             laid_out_s = time.monotonic() - began
