@@ -174,7 +174,7 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     if options.format == 'qcow2':
         # In a raw image there is no place that zeroes could not take.
         zeroes.Finder(
-            export, clusters, tempo,
+            export, clusters, tempo, options.in_flight,
             lambda offset: say(looked=offset, of=export.size)).run()
     image = FORMATS[options.format](clusters)
     say(length=image.length)

@@ -35,7 +35,7 @@ class Tempo:
         self._began = self._answered_at = self._paid_at
         self._answered = True
         self._bytes = 0
-        #: reads that were sent since the last rest, while there are rests
+        #: how many reads were sent since the last rest, while there are any
         self.burst = 0
         #: part of the time in which nothing is read, from 0 to less than 1;
         #: another thread may change it
@@ -67,3 +67,4 @@ class Tempo:
         """Rest, as all that was asked for has been answered."""
         self._answered_at = time.monotonic()
         self._answered = True
+        self.burst = 0

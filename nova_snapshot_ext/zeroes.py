@@ -34,8 +34,6 @@ _PLACES = 16 * 1024
 _WINDOWS = 1024 ** 2
 #: bytes of a read where zeroes were found
 _STEP = 1024 ** 2
-#: reads at the same time: of places, and in the end where zeroes go on
-_TOGETHER = 8
 _TELL_S = 1.0
 _ZEROES = bytes(clusters_.CLUSTER)
 
@@ -59,14 +57,16 @@ class Finder:
     """Looks for stored zeroes in one disk, and unmarks their clusters."""
 
     def __init__(self, source: Source, clusters: clusters_.Clusters,
-                 tempo: tempos.Tempo,
+                 tempo: tempos.Tempo, together: int,
                  tell: collections.abc.Callable[[int], None]) -> None:
-        """:param tell: called with the offset that is looked at, every
-            second
+        """:param together: how many reads are under way at most
+
+        :param tell: called with the offset that is looked at, every second
         """
         self._source = source
         self._clusters = clusters
         self._tempo = tempo
+        self._together = together
         self._tell = tell
         self._told_at = time.monotonic()
 
@@ -74,14 +74,14 @@ class Finder:
         """Look once over the whole disk."""
         reach = 0
         places = self._places()
-        while together := list(itertools.islice(places, _TOGETHER)):
+        while some := list(itertools.islice(places, self._together)):
             for offset in self._find([
                     self._piece(place, clusters_.CLUSTER)
-                    for place in together if place >= reach]):
+                    for place in some if place >= reach]):
                 if offset >= reach:
                     self._go_back(offset)
                     reach = self._go_on(offset + clusters_.CLUSTER)
-            self._look_at(together[-1])
+            self._look_at(max(some[-1], reach))
 
     def _places(self) -> collections.abc.Iterator[int]:
         """Offsets of clusters that hold data, far apart from each other."""
@@ -107,13 +107,13 @@ class Finder:
         while offset < self._source.size and self._unmark(offset, step):
             self._look_at(offset)
             offset += step
-            step = min(2 * step, _TOGETHER * _STEP)
+            step = min(2 * step, self._together * _STEP)
         return offset
 
     def _look_at(self, offset: int) -> None:
         if time.monotonic() >= self._told_at + _TELL_S:
             self._told_at = time.monotonic()
-            self._tell(offset)
+            self._tell(min(offset, self._source.size))
 
     def _unmark(self, offset: int, length: int) -> bool:
         """:returns: whether half of what is stored there were zeroes"""
@@ -131,6 +131,8 @@ class Finder:
 
         :returns: the offsets of those that were marked
         """
+        pieces = [piece for piece in pieces
+                  if self._clusters.marked_of(*piece)]
         if not pieces:
             return []
         time.sleep(self._tempo.wait_s())
