@@ -31,6 +31,7 @@ from hypothesis import strategies
 import nova_snapshot_ext
 from nova_snapshot_ext import qcow2
 from nova_snapshot_ext import tempo as tempos
+from nova_snapshot_ext import zeroes
 from tests import qcow2 as independent
 from tests.unit import base
 from tests.unit import fake_libnbd
@@ -219,34 +220,21 @@ class TestMove(MoverTestCase):
     def test_disk_is_left_alone_for_a_part_of_the_time(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 16 * MIB, [(16 * MIB, 0)])
         disk.answers_after_s = 0.01
-        took = []
-        for rest in (0.0, 0.75):
-            tries = []
-            for _ in range(3):
-                began = time.monotonic()
-                self.move(disk, 'raw', tempo=tempos.Tempo(rest=rest))
-                tries.append(time.monotonic() - began)
-            took.append(min(tries))
-        self.assertGreaterEqual(took[1], took[0] * 2)
+        tempo = tempos.Tempo(rest=0.75)
+        bursts = []
+        real = tempo.answered
 
-    def test_time_without_a_rest_is_not_made_up_for(self) -> None:
-        disk = fake_libnbd.Disk(b'x' * 64 * MIB, [(64 * MIB, 0)])
-        disk.answers_after_s = 0.01
-        tempo = tempos.Tempo()
-        waits = []
-        real = tempo.wait_s
-
-        def wait_s() -> float:
-            waits.append(real())
-            return waits[-1]
-        self.patch(tempo, 'wait_s', wait_s)
-
-        def slow_down() -> None:
-            tempo.rest = 0.5
-        with self.later(0.3, slow_down):
-            self.move(disk, 'raw', tempo=tempo)
-        # As long as a burst took, and not as all before it.
-        self.assertTrue(0.0 < max(waits) < 0.25, max(waits))
+        def answered() -> None:
+            bursts.append(tempo.burst)
+            real()
+        self.patch(tempo, 'answered', answered)
+        began = time.monotonic()
+        self.move(disk, 'raw', tempo=tempo, in_flight=4)
+        # After all but the last burst, for three times as long as it took.
+        self.assertGreaterEqual(
+            time.monotonic() - began, (16 + 3 * 12) * 0.01)
+        self.assertEqual(16, sum(bursts))
+        self.assertLessEqual(max(bursts), 4)
 
     def test_rest_may_change_meanwhile(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 64 * MIB, [(64 * MIB, 0)])
@@ -323,7 +311,7 @@ class TestStoredZeroes(MoverTestCase):
             self.assertEqual(in_flight, disk.most_in_flight)
 
     def test_looking_is_told_while_it_takes_long(self) -> None:
-        self.patch_name('nova_snapshot_ext.zeroes._TELL_S', 0.0)
+        self.patch(zeroes, '_TELL_S', 0.0)
         size = 64 * MIB
         disk = fake_libnbd.Disk(bytes(size), [(size, 0)])
         self.move(disk, 'qcow2')

@@ -401,11 +401,13 @@ class TestTake(SnapshotTestCase):
 
     def test_what_comes_before_sending_is_half_the_way_or_a_little(
             self) -> None:
-        self.transfer.tells = 6172      # of 12345 that are expected
-        # An image that is made first, and a disk that is looked through.
-        for independent, expected in ((True, {24, 50, 100}),
-                                      (False, {2, 5, 100})):
+        # An image of 12345 bytes at most that is made first, and a disk of
+        # 10 ** 9 that is looked through
+        for independent, tells, expected in (
+                (True, 6172, {24, 50, 100}), (False, 4 * 10 ** 8,
+                                              {2, 5, 100})):
             self.transfer.independent = independent
+            self.transfer.tells = tells
             seen: set[int] = set()
             real = progress.Meter._tell
 

@@ -248,13 +248,14 @@ class TestStreamed(base.TestCase):
         self.have_mover_wait()
         request = self.request()
         with self.transfer.image(self.disk, request, self.log) as image:
+            stream = image.open()
             timer = threading.Timer(
                 0.2, request.cancellation.cancel,
                 [exception.ImageGone('deleted')])
             timer.start()
             self.addCleanup(timer.join)
             self.assertRaises(
-                exception.TransferFailed, image.open().read)
+                exception.TransferFailed, stream.read)
         self.assertEqual(0, self.log.pending)
 
     def test_undo_ends_the_mover_of_a_dead_owner(self) -> None:
