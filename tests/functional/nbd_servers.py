@@ -23,6 +23,7 @@ import typing as ty
 
 import fixtures
 
+
 class Export(fixtures.Fixture):
     """A server that runs until the test ends.
 

@@ -400,10 +400,9 @@ class TestLargest(StreamedTestCase):
               f'tables and 1 GiB of data after {written_s:.1f} s; '
               f'{peak / MIB:.1f} MiB resident at most', flush=True)
         self.assertLess(peak, 100 * MIB)
-        # nbdkit sends each extent by itself, and so takes longer than the
-        # mover; most of the mover's time is the kernel's, for so many small
-        # messages. How long it takes depends on what else the host does.
-        self.assertLess(cpu_s, 90)
+        # How long it takes depends on what else the host does; it took 13 s
+        # on two processors of which others wanted five.
+        self.assertLess(cpu_s, 20)
 
     def cpu_s(self, pid: int) -> float:
         """Seconds of a processor that a process has taken."""
