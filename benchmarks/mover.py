@@ -38,9 +38,12 @@ class Mover:
         self._process = process
         self.pid = process.pid
         assert process.stderr is not None
-        said = process.stderr.readline()
+        said = b''
         try:
-            self.length = int(json.loads(said)['length'])
+            while 'looked' in (words := json.loads(
+                    said := process.stderr.readline())):
+                pass
+            self.length = int(words['length'])
         except (ValueError, KeyError):
             raise errors.BenchmarkError(
                 f'the mover failed: {said!r} '

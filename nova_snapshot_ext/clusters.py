@@ -26,9 +26,27 @@ _GROUP_BYTES = GROUP // 8
 #: of each byte, its bits from the lowest on, one byte each
 _UNPACKED = tuple(bytes(byte >> bit & 1 for bit in range(8))
                   for byte in range(256))
-_BITS = tuple(1 << bit for bit in range(8))
 _NONE = bytes(_GROUP_BYTES)
 _NONE_UNPACKED = bytes(GROUP)
+
+
+class _Uneven(Exception):
+    """An extent ends within a cluster."""
+
+
+class _Marks(dict[tuple[int, int], str]):
+    """Of extents, by length and kind, a digit for each of its clusters."""
+
+    def __init__(self, data: collections.abc.Callable[[int], bool]) -> None:
+        super().__init__()
+        self._data = data
+
+    def __missing__(self, extent: tuple[int, int]) -> str:
+        length, kind = extent
+        if length % CLUSTER:
+            raise _Uneven
+        self[extent] = '01'[self._data(kind)] * (length // CLUSTER)
+        return self[extent]
 
 
 class Clusters:
@@ -59,22 +77,43 @@ class Clusters:
             self._bits[cluster >> 3] |= 1 << (cluster & 7)
 
     def mark_extents(
-            self, extents: collections.abc.Iterable[tuple[int, int]],
-            end: int) -> None:
-        """Mark what millions of extents hold.
+            self, offset: int, lengths: collections.abc.Sequence[int],
+            kinds: collections.abc.Sequence[int],
+            data: collections.abc.Callable[[int], bool], end: int) -> None:
+        """Mark what millions of extents hold that follow each other.
 
-        :param extents: offset and length of each in bytes, in order
+        :param offset: of the first one, in bytes
+        :param kinds: what each is
+        :param data: whether an extent of a kind holds data
         :param end: what lies beyond does not count
         """
-        bits = self._bits
-        for offset, length in extents:
+        if offset % CLUSTER == 0 and offset + sum(lengths) <= end:
+            try:
+                self._mark_all(offset // CLUSTER, ''.join(map(
+                    _Marks(data).__getitem__,
+                    zip(lengths, kinds, strict=True))))
+            except _Uneven:
+                pass
+            else:
+                return
+        for length, kind in zip(lengths, kinds, strict=True):
             if offset >= end:
                 break
-            first = offset // CLUSTER
-            if offset + length <= (first + 1) * CLUSTER:
-                bits[first >> 3] |= _BITS[first & 7]
-            else:
+            if data(kind):
                 self.mark(offset, min(length, end - offset))
+            offset += length
+
+    def _mark_all(self, first: int, marks: str) -> None:
+        """:param marks: of each cluster from the first one on, ``1`` for data
+        """
+        if '1' not in marks:
+            return
+        # Large integers are what Python has for so many bits at once.
+        start = first >> 3
+        bits = int(marks[::-1], 2) << (first & 7)
+        end = start + -(-bits.bit_length() // 8)
+        bits |= int.from_bytes(self._bits[start:end], 'little')
+        self._bits[start:end] = bits.to_bytes(end - start, 'little')
 
     def unmark(self, offset: int) -> None:
         """:param offset: of the first byte of a cluster"""

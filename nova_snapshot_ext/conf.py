@@ -125,6 +125,11 @@ itself for this share of the time: nothing is read then. One that waits less
 has less, and one that does nothing costs the snapshot nothing. The mover gives
 way on the processors too.
 
+A snapshot always goes on: whatever the share, all its rests together take no
+longer than reading at 8 MiB a second would, 36 hours for 1 TiB of data. So a
+guest keeps less of a slow disk: with a share of 60, of one that gives the
+snapshot less than 12 MiB a second between the rests; with 95, less than 152.
+
 Possible values:
 
 * 0: the snapshot comes first; it is read as fast as it can be sent

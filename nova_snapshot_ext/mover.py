@@ -15,6 +15,9 @@
 The image goes to standard output, strictly forward. What there is to say goes
 to standard error, each line a JSON object:
 
+``{"looked": N, "of": N}``
+    at which byte of the disk zeroes are looked for, every second while that
+    goes on
 ``{"length": N}``
     the image's exact length in bytes, before its first one
 ``{"written": N, "digest": "..."}``
@@ -170,7 +173,9 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     export.mark_data(clusters)
     if options.format == 'qcow2':
         # In a raw image there is no place that zeroes could not take.
-        zeroes.Finder(export, clusters, tempo).run()
+        zeroes.Finder(
+            export, clusters, tempo, options.in_flight,
+            lambda offset: say(looked=offset, of=export.size)).run()
     image = FORMATS[options.format](clusters)
     say(length=image.length)
     output.hash_by(begin())

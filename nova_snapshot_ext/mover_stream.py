@@ -34,6 +34,7 @@ import typing
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import processes
+from nova_snapshot_ext import request as requests
 
 #: run as PYTHON -I -c BOOTSTRAP DIRECTORY ARGUMENT...: our modules by a bare
 #: package, so that nothing else of our site-packages gets into an interpreter
@@ -129,13 +130,17 @@ class MoverStream(io.RawIOBase):
             self.close()
             raise
 
-    def prepare(self) -> None:
+    def prepare(self, progress: requests.Progress = requests.no_progress,
+                ) -> None:
         """Wait until the mover knows the length.
 
+        :param progress: told how many bytes of the disk were looked at
         :raises TransferFailed: if it fails before that
         """
         try:
-            self.length = int(self._next_words()['length'])
+            while 'looked' in (said := self._next_words()):
+                progress(said['looked'], said['of'])
+            self.length = int(said['length'])
         except BaseException:
             self.close()
             raise

@@ -18,8 +18,6 @@ binding only.
 
 import collections
 import collections.abc
-import itertools
-import operator
 import queue
 import threading
 import time
@@ -63,7 +61,7 @@ class Export:
         """
         self._nbd = nbd.NBD()
         self._patience_s = patience_s
-        self._buffer = _Buffer()
+        self._buffers: list[_Buffer] = []
         try:
             self._nbd.set_export_name(name)
             self._nbd.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -123,19 +121,26 @@ class Export:
                 f'The server does not say where there is data: '
                 f'{error}') from error
 
-    def read_now(self, offset: int, length: int) -> bytearray:
-        """Read at most REQUEST bytes, and wait for them.
+    def read_now(self, pieces: collections.abc.Sequence[Piece],
+                 ) -> list[bytearray]:
+        """Read a few pieces of at most REQUEST bytes, and wait for them all.
 
-        :returns: a buffer that begins with them, until the next call
-        :raises NbdError: if the read fails
+        :returns: for each piece a buffer that begins with it, until the next
+            call
+        :raises NbdError: if a read fails
         """
+        while len(self._buffers) < len(pieces):
+            self._buffers.append(_Buffer())
+        buffers = self._buffers[:len(pieces)]
         try:
-            self._buffer.ask(self._nbd, (offset, length))
-            while not self._buffer.is_filled(self._nbd):
-                self._wait(self._buffer.asked)
+            for buffer, piece in zip(buffers, pieces, strict=True):
+                buffer.ask(self._nbd, piece)
+            for buffer in buffers:
+                while not buffer.is_filled(self._nbd):
+                    self._wait(buffer.asked)
         except nbd.Error as error:
             raise _read_failed(error) from error
-        return self._buffer.content
+        return [buffer.content for buffer in buffers]
 
     def read(self, pieces: collections.abc.Iterable[Piece], in_flight: int,
              tempo: tempos.Tempo,
@@ -203,15 +208,17 @@ class _Question:
               error: object) -> int:
         if context != nbd.CONTEXT_BASE_ALLOCATION or start != self.position:
             return 0
-        # Lengths and flags in turn; millions of them at a time.
+        # Lengths and flags in turn; millions of them at a time. The last
+        # extent may reach beyond what was asked for.
         lengths = entries[::2]
-        data = map(nbd.STATE_ZERO.__and__, map(operator.invert, entries[1::2]))
-        *starts, position = itertools.accumulate(lengths, initial=start)
-        # The last extent may reach beyond what was asked for.
-        self._clusters.mark_extents(itertools.compress(
-            zip(starts, lengths, strict=True), data), self.end)
-        self.position = position
+        self._clusters.mark_extents(
+            start, lengths, entries[1::2], _holds_data, self.end)
+        self.position = start + sum(lengths)
         return 0
+
+
+def _holds_data(flags: int) -> bool:
+    return not flags & nbd.STATE_ZERO
 
 
 class _Buffer:
@@ -262,8 +269,6 @@ class _Pipeline(threading.Thread):
         self._pieces = pieces
         self._in_flight = in_flight
         self._tempo = tempo
-        self._burst = 0
-        self._burst_began = 0.0
         self._wait = wait
         self._flight: collections.deque[_Buffer] = collections.deque()
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
@@ -301,19 +306,15 @@ class _Pipeline(threading.Thread):
         """:returns: whether it could be: it may, and a buffer was free"""
         if len(self._flight) >= self._in_flight or (
                 # All of these are answered before there can be a rest.
-                self._tempo.rest and self._burst >= self._in_flight):
+                self._tempo.rest and self._tempo.burst >= self._in_flight):
             return False
         try:
             buffer = self._free.get(block=not self._flight)
         except queue.Empty:
             return False
-        if not self._flight or not self._tempo.rest:
-            self._burst = 0
-            self._burst_began = time.monotonic()
+        self._tempo.sent(piece[1])
         buffer.ask(self._nbd, piece)
         self._flight.append(buffer)
-        self._burst += 1
-        self._tempo.sent(piece[1])
         return True
 
     def _receive(self, wait_s: float) -> None:
@@ -326,5 +327,4 @@ class _Pipeline(threading.Thread):
             return
         self._read.put(self._flight.popleft())
         if not self._flight:
-            self._burst = 0
-            self._tempo.answered(time.monotonic() - self._burst_began)
+            self._tempo.answered()

@@ -45,7 +45,8 @@ PROPERTY = 'snapshot_ext_'
 _END_IS_KNOWN_S = 2.0
 _MADE = progress.Phase('made', 0, 50)
 _SENT_THEN = progress.Phase('sent', 50, 100)
-_SENT = progress.Phase('sent', 0, 100)
+_LOOKED = progress.Phase('looked through', 0, 5)
+_SENT = progress.Phase('sent', 5, 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +270,8 @@ class _Taking:
                 self.request.cancellation.check()
                 image = stack.enter_context(chosen.transfer.image(
                     frozen.disks[0], dataclasses.replace(
-                        self.request, progress=self._making()), self.log))
+                        self.request, progress=self._making(
+                            chosen.transfer)), self.log))
                 if image.independent:
                     release.close()
                 self._announce_upload()
@@ -286,7 +288,9 @@ class _Taking:
         announce, self.before_upload = self.before_upload, lambda: None
         announce()
 
-    def _making(self) -> requests.Progress:
+    def _making(self, transfer: transfers.Transfer) -> requests.Progress:
+        if not transfer.independent:
+            return self.meter.phase(_LOOKED)
         tell = self.meter.phase(_MADE)
 
         def making(done: int, total: int) -> None:

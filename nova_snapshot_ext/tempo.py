@@ -17,8 +17,9 @@ Runs in the mover, whose interpreter has the standard library only.
 
 import time
 
-#: however long something was under way; nothing asks for less by then
-_LONGEST_REST_S = 2.0
+#: bytes a second: what is read of something fast however much it is left
+#: alone. All rests together take no longer than this rate would.
+_LEAST = 8 * 1024 ** 2
 
 
 class Tempo:
@@ -31,30 +32,39 @@ class Tempo:
         """
         self._most = most
         self._paid_at = time.monotonic()
-        self._answered_at = self._paid_at
-        self._after_s = 0.0
+        self._began = self._answered_at = self._paid_at
+        self._answered = True
+        self._bytes = 0
+        #: how many reads were sent since the last rest, while there are any
+        self.burst = 0
         #: part of the time in which nothing is read, from 0 to less than 1;
         #: another thread may change it
         self.rest = rest
 
     def wait_s(self) -> float:
         """Seconds until the next read may be sent, 0 if it may now."""
-        rest_s = min(_LONGEST_REST_S,
-                     self._after_s * self.rest / (1 - self.rest))
-        return max(0.0, max(self._paid_at, self._answered_at + rest_s)
-                   - time.monotonic())
+        earliest = self._paid_at
+        if self._answered:
+            after_s = self._answered_at - self._began
+            earliest = max(earliest, self._answered_at + min(
+                self._bytes / _LEAST, after_s * self.rest / (1 - self.rest)))
+        return max(0.0, earliest - time.monotonic())
 
     def sent(self, length: int) -> None:
-        """:param length: bytes that were asked for now"""
+        """:param length: bytes that are asked for now"""
+        now = time.monotonic()
         if self._most:
             # What was not used of it before is not made up for.
-            self._paid_at = max(self._paid_at, time.monotonic()) + (
-                length / self._most)
+            self._paid_at = max(self._paid_at, now) + length / self._most
+        if self._answered or not self.rest:
+            # Time without rests is not made up for either.
+            self._answered = False
+            self._began, self._bytes, self.burst = now, 0, 0
+        self._bytes += length
+        self.burst += 1
 
-    def answered(self, after_s: float) -> None:
-        """Rest, as all that was asked for has been answered.
-
-        :param after_s: for how many seconds something was under way
-        """
+    def answered(self) -> None:
+        """Rest, as all that was asked for has been answered."""
         self._answered_at = time.monotonic()
-        self._after_s = after_s
+        self._answered = True
+        self.burst = 0

@@ -54,14 +54,16 @@ class StreamedImage(image_bytes.ImageBytes):
     independent = False
 
     def __init__(self, arguments: collections.abc.Sequence[str],
-                 rest: float) -> None:
+                 rest: float, progress: requests.Progress) -> None:
         """:param arguments: what starts a mover
 
         :param rest: part of the time in which it leaves the disk alone, see
             :meth:`rest`
+        :param progress: told how far the disk was looked through
         """
         self._arguments = list(arguments)
         self._rest = rest
+        self._progress = progress
         self._waiting: mover_stream.MoverStream | None = None
         self._last: mover_stream.MoverStream | None = None
         self._algorithm: str | None = None
@@ -86,7 +88,7 @@ class StreamedImage(image_bytes.ImageBytes):
 
     def open(self, algorithm: str | None = None) -> typing.BinaryIO:
         stream, self._waiting = self._waiting or self._start(), None
-        stream.prepare()
+        stream.prepare(self._progress)
         stream.begin(algorithm)
         self._algorithm = algorithm
         # What the server knows of holes may change while the disk is frozen
@@ -159,7 +161,7 @@ class StreamedTransfer(base.Transfer):
                 functools.partial(end_mover, log.surroundings, token)))
             image = stack.enter_context(contextlib.closing(StreamedImage(
                 mover_stream.command(request.mover_python, *arguments),
-                share)))
+                share, request.progress)))
             if guest is not None:
                 stack.enter_context(
                     pace.kept(guest, disk.target, share, image.rest))

@@ -48,7 +48,7 @@ from tests import qcow2 as independent
 KIB = 1024
 MIB = 1024 ** 2
 DISKS = int(os.environ.get('STREAMED_SOAK_DISKS', '10'))
-PROGRAMS = ('nbdkit', 'qemu-nbd', 'qemu-img', 'cc')
+PROGRAMS = ('nbdkit', 'qemu-nbd', 'qemu-img')
 
 
 class NoGuest(our_guests.Guest):
@@ -214,7 +214,7 @@ class TestImages(StreamedTestCase):
         self.assertLess(len(parsed.where), 16 * (25 + 5))
 
     def test_any_second_cluster_of_a_disk(self):
-        export = self.useFixture(nbd_servers.Alternating('1G'))
+        export = self.useFixture(nbd_servers.Alternating(1024 * MIB))
         parsed = self.assert_good(export, self.stream(export))
         self.assertEqual(list(range(0, 16384, 2)), sorted(parsed.where))
 
@@ -378,7 +378,7 @@ class TestBandwidth(StreamedTestCase):
 class TestLargest(StreamedTestCase):
 
     def test_memory_and_time_of_two_tebibytes_of_alternating_extents(self):
-        export = self.useFixture(nbd_servers.Alternating('2T'))
+        export = self.useFixture(nbd_servers.Alternating(2 * 1024 ** 4))
         began = time.monotonic()
         with self.image(export) as image, image.open() as file:
             laid_out_s = time.monotonic() - began
@@ -400,10 +400,9 @@ class TestLargest(StreamedTestCase):
               f'tables and 1 GiB of data after {written_s:.1f} s; '
               f'{peak / MIB:.1f} MiB resident at most', flush=True)
         self.assertLess(peak, 100 * MIB)
-        # nbdkit sends each extent by itself, and so takes longer than the
-        # mover; most of the mover's time is the kernel's, for so many small
-        # messages. How long it takes depends on what else the host does.
-        self.assertLess(cpu_s, 90)
+        # How long it takes depends on what else the host does; it took 13 s
+        # on two processors of which others wanted five.
+        self.assertLess(cpu_s, 20)
 
     def cpu_s(self, pid: int) -> float:
         """Seconds of a processor that a process has taken."""

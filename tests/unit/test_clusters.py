@@ -72,16 +72,34 @@ class TestClusters(base.TestCase):
         self.assertEqual(sorted(wanted), read)
 
     @SETTINGS
-    @hypothesis.given(extents(), strategies.integers(0, 20000 * CLUSTER))
-    def check_extents(self, disk: tuple[int, list[tuple[int, int]]],
-                      end: int) -> None:
-        size, found = disk
-        end = min(end, size)
-        one_by_one = marked(size, [(offset, min(length, end - offset))
-                                   for offset, length in found
-                                   if offset < end])
-        together = clusters.Clusters(size)
-        together.mark_extents(sorted(found), end)
+    @hypothesis.given(
+        strategies.integers(0, 40),
+        strategies.integers(0, 3) | strategies.integers(0, 3 * CLUSTER),
+        strategies.lists(strategies.tuples(
+            strategies.integers(1, 40).map(CLUSTER.__mul__),
+            strategies.integers(0, 2))),
+        strategies.lists(strategies.integers(1, 3 * CLUSTER), max_size=3),
+        strategies.integers(0, 40 * CLUSTER))
+    def check_extents(
+            self, first: int, more: int, even: list[tuple[int, int]],
+            uneven: list[int], beyond: int) -> None:
+        """:param more: bytes of the disk after all clusters that are even"""
+        found = even + [(length, 1) for length in uneven]
+        start = first * CLUSTER
+        size = start + sum(length for length, _ in even) + more
+        end = max(start, size - beyond)
+        one_by_one, together = (clusters.Clusters(size) for _ in range(2))
+        # What is marked stays so.
+        for each in (one_by_one, together):
+            each.mark(0, start // 2)
+        offset = start
+        for length, kind in found:
+            if kind == 1 and offset < end:
+                one_by_one.mark(offset, min(length, end - offset))
+            offset += length
+        together.mark_extents(
+            start, [length for length, _ in found],
+            [kind for _, kind in found], lambda kind: kind == 1, end)
         self.assertEqual(list(one_by_one.runs()), list(together.runs()))
 
     def test_extents_are_marked_together_as_one_by_one(self) -> None:

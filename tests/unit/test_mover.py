@@ -31,6 +31,7 @@ from hypothesis import strategies
 import nova_snapshot_ext
 from nova_snapshot_ext import qcow2
 from nova_snapshot_ext import tempo as tempos
+from nova_snapshot_ext import zeroes
 from tests import qcow2 as independent
 from tests.unit import base
 from tests.unit import fake_libnbd
@@ -219,34 +220,21 @@ class TestMove(MoverTestCase):
     def test_disk_is_left_alone_for_a_part_of_the_time(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 16 * MIB, [(16 * MIB, 0)])
         disk.answers_after_s = 0.01
-        took = []
-        for rest in (0.0, 0.75):
-            tries = []
-            for _ in range(3):
-                began = time.monotonic()
-                self.move(disk, 'raw', tempo=tempos.Tempo(rest=rest))
-                tries.append(time.monotonic() - began)
-            took.append(min(tries))
-        self.assertGreaterEqual(took[1], took[0] * 2)
+        tempo = tempos.Tempo(rest=0.75)
+        bursts = []
+        real = tempo.answered
 
-    def test_time_without_a_rest_is_not_made_up_for(self) -> None:
-        disk = fake_libnbd.Disk(b'x' * 64 * MIB, [(64 * MIB, 0)])
-        disk.answers_after_s = 0.01
-        tempo = tempos.Tempo()
-        waits = []
-        real = tempo.wait_s
-
-        def wait_s() -> float:
-            waits.append(real())
-            return waits[-1]
-        self.patch(tempo, 'wait_s', wait_s)
-
-        def slow_down() -> None:
-            tempo.rest = 0.5
-        with self.later(0.3, slow_down):
-            self.move(disk, 'raw', tempo=tempo)
-        # As long as a burst took, and not as all before it.
-        self.assertTrue(0.0 < max(waits) < 0.25, max(waits))
+        def answered() -> None:
+            bursts.append(tempo.burst)
+            real()
+        self.patch(tempo, 'answered', answered)
+        began = time.monotonic()
+        self.move(disk, 'raw', tempo=tempo, in_flight=4)
+        # After all but the last burst, for three times as long as it took.
+        self.assertGreaterEqual(
+            time.monotonic() - began, (16 + 3 * 12) * 0.01)
+        self.assertEqual(16, sum(bursts))
+        self.assertLessEqual(max(bursts), 4)
 
     def test_rest_may_change_meanwhile(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 64 * MIB, [(64 * MIB, 0)])
@@ -315,6 +303,26 @@ class TestStoredZeroes(MoverTestCase):
             content[offset:offset + 65536] = bytes(65536)
         _, again = self.image_of(bytes(content))
         self.assertLess(again, 32 * MIB * 0.7)
+
+    def test_places_are_looked_at_together(self) -> None:
+        disk = fake_libnbd.Disk(bytes(32 * MIB), [(32 * MIB, 0)])
+        for in_flight in 1, 5:
+            self.move(disk, 'qcow2', in_flight=in_flight)
+            self.assertEqual(in_flight, disk.most_in_flight)
+
+    def test_looking_is_told_while_it_takes_long(self) -> None:
+        self.patch(zeroes, '_TELL_S', 0.0)
+        size = 64 * MIB
+        disk = fake_libnbd.Disk(bytes(size), [(size, 0)])
+        self.move(disk, 'qcow2')
+        *looked, length, _ = self.said
+        self.assertIn('length', length)
+        self.assertEqual({size}, {words['of'] for words in looked})
+        # A few megabytes, and then four at a time, up to the end.
+        offsets = [words['looked'] for words in looked]
+        self.assertEqual(sorted(offsets), offsets)
+        self.assertGreaterEqual(len(offsets), size // (4 * MIB))
+        self.assertEqual(size, offsets[-1])
 
     def test_read_that_fails_while_zeroes_are_looked_for(self) -> None:
         disk = fake_libnbd.Disk(bytes(MIB), [(MIB, 0)])

@@ -132,6 +132,17 @@ class TestReading(StreamTestCase):
             self.assertEqual(b'', stream.read(10))
         self.assertEqual('abc', stream.digest)
 
+    def test_how_far_the_disk_is_looked_through_is_told(self) -> None:
+        stream = mover_stream.MoverStream(
+            [sys.executable, '-I', '-c', MOVER,
+             'say(looked=1, of=9); say(looked=7, of=9); say(length=0);'
+             'say(written=0)'])
+        self.addCleanup(stream.close)
+        told: list[tuple[int, int]] = []
+        stream.prepare(lambda *each: told.append(each))
+        self.assertEqual([(1, 9), (7, 9)], told)
+        self.assertEqual(b'', stream.read())
+
     def test_empty_image(self) -> None:
         stream = self.stream('say(length=0); say(written=0)')
         self.assertEqual(b'', stream.read())

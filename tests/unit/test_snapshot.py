@@ -399,11 +399,15 @@ class TestTake(SnapshotTestCase):
                           report=reports.append)
         self.assertEqual([0], reports[-1:])
 
-    def test_making_and_sending_are_half_the_way_each(self) -> None:
-        self.transfer.tells = 6172      # of 12345 that are expected
-        for independent, expected in ((True, {25, 50, 100}),
-                                      (False, {25, 100})):
+    def test_what_comes_before_sending_is_half_the_way_or_a_little(
+            self) -> None:
+        # An image of 12345 bytes at most that is made first, and a disk of
+        # 10 ** 9 that is looked through
+        for independent, tells, expected in (
+                (True, 6172, {24, 50, 100}), (False, 4 * 10 ** 8,
+                                              {2, 5, 100})):
             self.transfer.independent = independent
+            self.transfer.tells = tells
             seen: set[int] = set()
             real = progress.Meter._tell
 
@@ -413,8 +417,7 @@ class TestTake(SnapshotTestCase):
             with fixtures.MonkeyPatch(
                     'nova_snapshot_ext.progress.Meter._tell', tell):
                 self.take()
-            # 6172 of 12345 rounds down to 24.
-            self.assertEqual(expected - {25} | {24}, seen)
+            self.assertEqual(expected, seen)
 
     # Its end before its time
 

@@ -32,6 +32,7 @@ arguments = sys.argv[1:]
 with open({path!r}, 'rb') as file: image = file.read()
 with open({path!r} + '.log', 'a') as log: print(*arguments, file=log)
 def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
+say(looked=1, of=4)
 say(length=len(image))
 name = None
 for line in sys.stdin:
@@ -152,6 +153,12 @@ class TestStreamed(base.TestCase):
                 self.assertEqual(b'image', file.read())
         self.assertEqual(1, len(self.started()), 'extents were read twice')
 
+    def test_how_far_the_disk_is_looked_through_is_told(self) -> None:
+        told = []
+        with self.image(progress=lambda *each: told.append(each)) as image:
+            image.open().read()
+        self.assertEqual([(1, 4)], told)
+
     def test_disk_is_laid_out_before_anybody_asks(self) -> None:
         with self.image():
             deadline = time.monotonic() + 30
@@ -241,13 +248,14 @@ class TestStreamed(base.TestCase):
         self.have_mover_wait()
         request = self.request()
         with self.transfer.image(self.disk, request, self.log) as image:
+            stream = image.open()
             timer = threading.Timer(
                 0.2, request.cancellation.cancel,
                 [exception.ImageGone('deleted')])
             timer.start()
             self.addCleanup(timer.join)
             self.assertRaises(
-                exception.TransferFailed, image.open().read)
+                exception.TransferFailed, stream.read)
         self.assertEqual(0, self.log.pending)
 
     def test_undo_ends_the_mover_of_a_dead_owner(self) -> None:
