@@ -40,9 +40,11 @@ def restore_owner(around: undo.Surroundings, path: str, uid: int,
     except FileNotFoundError:
         return
     assert around.guest is not None
+    # An older release wrote down what the path leads to.
+    real = os.path.realpath(path)
     if not (around.rebooted and stat.S_ISBLK(status.st_mode)) and (
-            path in _paths(around.guest)):
-        around.host.give_disk(os.path.realpath(path), uid, gid)
+            real in map(os.path.realpath, _paths(around.guest))):
+        around.host.give_disk(real, uid, gid)
 
 
 def _paths(guest: guests.Guest) -> set[str]:

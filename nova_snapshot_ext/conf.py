@@ -340,6 +340,17 @@ Related options:
 * ``save_image_format`` and the build of libvirt decide what is written there
 """),
     cfg.IntOpt(
+        'save_timeout',
+        default=3600,
+        min=1,
+        help="""
+Seconds that the flow ``cold`` lets libvirt save a guest's memory.
+
+The guest stands still meanwhile. When they are over, or the server is deleted,
+the save is ended, and the guest runs on; another flow serves, or the snapshot
+fails.
+"""),
+    cfg.IntOpt(
         'freeze_timeout',
         default=10,
         min=1,

@@ -39,6 +39,7 @@ from nova_snapshot_ext import disk as disks
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import plugins
@@ -64,17 +65,27 @@ _GOING_DOWN = (task_states.DELETING, task_states.SOFT_DELETING,
 # Nor is a guest resumed that ran, and that its owner has paused since.
 _PAUSED = (*_DOWN, vm_states.PAUSED)
 _PAUSING = (*_GOING_DOWN, task_states.PAUSING)
+# What a server is doing while its snapshot is in flight.
+_IN_FLIGHT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP,
+              task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING,
+              task_states.SHELVING, task_states.SHELVING_IMAGE_PENDING_UPLOAD,
+              task_states.SHELVING_IMAGE_UPLOADING)
+# What a server may be doing while we start its guest, or write to its disk:
+# nothing, a snapshot, or what Nova does under the lock that we have then, or
+# by asking a guest that runs. All else it does without that lock, from the
+# moment that its API was asked: it stops the guest, boots it another way, or
+# moves its disk. What later releases may add counts as that.
+_STILL = (None, task_states.IMAGE_SNAPSHOT_PENDING, *_IN_FLIGHT,
+          *task_states.soft_reboot_states, *task_states.hard_reboot_states,
+          task_states.POWERING_OFF, task_states.DELETING,
+          task_states.SOFT_DELETING, task_states.PAUSING,
+          task_states.UNPAUSING, task_states.UPDATING_PASSWORD)
 # How long Nova may hold an instance while we want to start its guest: who
 # holds it may be waiting for us.
 _LOCK_TIMEOUT_S = 60.0
 # How long guards that are at work are waited for when nova-compute starts.
 _GUARDS_TIMEOUT_S = 60.0
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
-# What a server is doing while its snapshot is in flight.
-_IN_FLIGHT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP,
-              task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING,
-              task_states.SHELVING, task_states.SHELVING_IMAGE_PENDING_UPLOAD,
-              task_states.SHELVING_IMAGE_UPLOADING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
@@ -84,17 +95,22 @@ UpdateTaskState = collections.abc.Callable[..., None]
 class NovaHost:
     """Nova's rights: its privileged functions, and its care of guests."""
 
-    def __init__(self, driver: libvirt_driver.LibvirtDriver,
+    def __init__(self, driver: libvirt_driver.LibvirtDriver, uuid: str,
                  instance: objects.Instance | None,
-                 locked: bool = False) -> None:
-        """:param instance: None if Nova has none on this host any more
+                 caller: str | None = None, stopped: bool = False) -> None:
+        """:param instance: None if Nova has none of that UUID on this host
 
-        :param locked: the caller of this thread has Nova's lock of it, and
-            does with the guest what it wants
+        :param caller: the task state in which Nova's caller of this thread
+            waits for us: as long as the server is in it, Nova does nothing
+            else with it
+        :param stopped: that caller has stopped the guest, for good
         """
         self._driver = driver
+        self._uuid = uuid
         self._instance = instance
-        self._holder = threading.get_ident() if locked else None
+        self._caller = caller
+        self._thread = threading.get_ident()
+        self._stopped = stopped
 
     def let_group_pass(self, path: str, gid: int) -> None:
         privileged.let_group_pass(path, gid)
@@ -111,10 +127,17 @@ class NovaHost:
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
         return self._asked(_PAUSED, _PAUSING)
 
-    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
-        if self._instance is None or self._is_locked():
-            return contextlib.nullcontext()
-        return _instance_lock(self._instance.uuid)
+    @contextlib.contextmanager
+    def undisturbed(self) -> collections.abc.Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            # Nova shelves a server, and nothing else that calls us, under
+            # its lock, which can't be had twice.
+            if self._called_in() != task_states.SHELVING:
+                stack.enter_context(_instance_lock(self._uuid))
+            current = self._current()
+            self._check(current)
+            stack.enter_context(self._kept(current))
+            yield
 
     @contextlib.contextmanager
     def _asked(self, not_while: tuple[str, ...], not_before: tuple[str, ...],
@@ -124,37 +147,104 @@ class NovaHost:
 
         :param not_while: states of a server whose guest is not ours
         :param not_before: what Nova is about to do to such a server
+        :raises UndoFailed: if Nova is at work on it without the lock
         """
-        if self._instance is None or self._is_locked():
+        if self._instance is None or (
+                self._stopped and self._called_in() is not None):
             yield False
             return
-        with _instance_lock(self._instance.uuid):
-            yield self._is_ours(self._instance, not_while, not_before)
+        with _instance_lock(self._uuid):
+            current = self._current()
+            if (current is None or current.task_state in not_before
+                    or current.vm_state in not_while
+                    or current.host != CONF.host):
+                yield False
+                return
+            self._check(current)
+            with self._kept(current):
+                self._driver.cpu_api.power_up_for_instance(self._instance)
+                yield True
 
-    def _is_locked(self) -> bool:
-        """The lock can't be had twice; another thread waits for it."""
-        return self._holder == threading.get_ident()
+    def _called_in(self) -> str | None:
+        """The state in which a caller waits for this; for what another thread
+        does, such as trying again, nobody waits."""
+        here = self._thread == threading.get_ident()
+        return self._caller if here else None
 
-    def _is_ours(self, instance: objects.Instance,
-                 not_while: tuple[str, ...],
-                 not_before: tuple[str, ...]) -> bool:
+    def _current(self) -> objects.Instance | None:
         try:
-            current = objects.Instance.get_by_uuid(
-                nova_context.get_admin_context(), instance.uuid)
+            return objects.Instance.get_by_uuid(
+                nova_context.get_admin_context(), self._uuid)
         except nova_exception.InstanceNotFound:
-            return False
+            return None
         except oslo_messaging.MessagingException as error:
             # A guest does not stay off because nobody can be asked. Whoever
             # would decide otherwise has to come by here, and waits.
             LOG.warning('Its state is not known anew: %s', error,
-                        instance=instance)
-            current = instance
-        if (current.task_state in not_before
-                or current.vm_state in not_while
-                or current.host != CONF.host):
-            return False
-        self._driver.cpu_api.power_up_for_instance(instance)
-        return True
+                        instance_uuid=self._uuid)
+            return self._instance
+
+    def _check(self, current: objects.Instance | None) -> None:
+        """:raises UndoFailed: if Nova has the guest or its disk elsewhere, or
+            is at work on them without its lock
+
+        :param current: None if Nova has it nowhere
+        """
+        if current is None:
+            return
+        if current.host != CONF.host:
+            # Its disk may have gone there, and may come back.
+            raise exception.UndoFailed(
+                f'Server {self._uuid} is on the host {current.host}')
+        if current.task_state not in (*_STILL, self._called_in()):
+            raise exception.UndoFailed(
+                f'Nova is at work on server {self._uuid} '
+                f'({current.task_state})')
+
+    @contextlib.contextmanager
+    def _kept(self, current: objects.Instance | None,
+              ) -> collections.abc.Iterator[None]:
+        """Have nothing else begun on a server while the context lasts.
+
+        Whatever Nova begins without its lock, its API writes down first, and
+        only where there is no task state: there is that of a snapshot, which
+        this is a part of. Nova clears it if we die.
+
+        :raises UndoFailed: if something was begun a moment ago
+        """
+        if (current is None or current.task_state is not None
+                or current is self._instance):      # nobody could be asked
+            yield
+            return
+        known = True
+        current.task_state = task_states.IMAGE_SNAPSHOT
+        try:
+            current.save(expected_task_state=[None])
+        except (nova_exception.InstanceNotFound,
+                nova_exception.UnexpectedTaskStateError) as error:
+            raise exception.UndoFailed(
+                f'Nova is at work on server {self._uuid}: {error}') from error
+        except oslo_messaging.MessagingException as error:
+            known = False       # as in _current()
+            LOG.warning('It may be asked for something else now: %s', error,
+                        instance_uuid=self._uuid)
+        try:
+            yield
+        finally:
+            self._let_go(current, known)
+
+    def _let_go(self, current: objects.Instance, known: bool) -> None:
+        current.task_state = None
+        try:
+            current.save(expected_task_state=[
+                task_states.IMAGE_SNAPSHOT, *[None] * (not known)])
+        except (nova_exception.InstanceNotFound,
+                nova_exception.UnexpectedTaskStateError):
+            pass        # it is being deleted, or was reset
+        except Exception as error:
+            LOG.error('Its task state stays %s, until nova-compute is started '
+                      'or it is reset: %s', task_states.IMAGE_SNAPSHOT, error,
+                      instance_uuid=self._uuid)
 
 
 class ServerReport:
@@ -271,7 +361,7 @@ class SnapshotLibvirtDriver(
         try:
             for path in undo.logs_in(state_directory()):
                 uuid = os.path.basename(path).removesuffix(undo.SUFFIX)
-                self._finish(path, known.get(uuid), deadline)
+                self._finish(path, uuid, known.get(uuid), deadline)
             reconcile.after_death(state_directory(), instances)
         except OSError as error:
             # Nova's own work does not wait for that.
@@ -281,8 +371,8 @@ class SnapshotLibvirtDriver(
             _forget_progress(instance)
         return instances
 
-    def _finish(self, path: str, instance: objects.Instance | None,
-                deadline: float) -> None:
+    def _finish(self, path: str, uuid: str,
+                instance: objects.Instance | None, deadline: float) -> None:
         """Run what a dead nova-compute left, once no guard does so any more.
 
         What fails goes on beside Nova's own work: a guest does not stay
@@ -291,7 +381,11 @@ class SnapshotLibvirtDriver(
         :param deadline: on the monotonic clock; a guard that goes on for
             longer is left alone
         """
-        host = NovaHost(self, instance)
+        def host(guest: guests.Guest | None) -> hosts.Host:
+            if (instance is None and guest is not None
+                    and not guest.belongs_to_nova()):
+                return hosts.PlainHost()    # the command line's
+            return NovaHost(self, uuid, instance)
 
         def find(uri: str, uuid: str) -> guests.Guest | None:
             if instance is None:
@@ -349,9 +443,10 @@ class SnapshotLibvirtDriver(
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
         request = self._request(instance, guest.root_disk())
-        # Nova shelves a server, and nothing else, under its lock.
-        host = NovaHost(self, instance, locked=(
-            record.snapshot.task_state == task_states.SHELVING))
+        # Who keeps the disk has a guest that runs on.
+        caller = record.snapshot.task_state
+        host = NovaHost(self, instance.uuid, instance, caller,
+                        stopped=caller not in _DISK_KEPT)
         service = _image_service(context, image_id, record.announce)
 
         def before_upload() -> None:
@@ -361,10 +456,8 @@ class SnapshotLibvirtDriver(
 
         # Its turn first: what was planned before may not hold after a wait.
         with compute_utils.disk_ops_semaphore:
-            # What can serve depends on what the guest comes back to.
-            undo.finish_left_over(request.state_directory, guest, host)
             planned = snapshot.plan(
-                guest, wished, CONF.snapshot_ext.transfers, request)
+                guest, host, wished, CONF.snapshot_ext.transfers, request)
             verify_hash = _must_verify_hash(instance)
             update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
             snapshot.take(
@@ -432,7 +525,8 @@ class SnapshotLibvirtDriver(
             mover_python=CONF.snapshot_ext.mover_python,
             bandwidth=CONF.snapshot_ext.bandwidth,
             guest_share=CONF.snapshot_ext.guest_share,
-            read_timeout=CONF.snapshot_ext.read_timeout)
+            read_timeout=CONF.snapshot_ext.read_timeout,
+            save_timeout=CONF.snapshot_ext.save_timeout)
 
     def _description(self, instance: objects.Instance,
                      image: dict[str, typing.Any],
@@ -454,7 +548,7 @@ class SnapshotLibvirtDriver(
             properties=properties, removed=frozenset(removed))
 
 
-def _finish_now(path: str, find: undo.FindGuest, host: NovaHost,
+def _finish_now(path: str, find: undo.FindGuest, host: undo.HostFor,
                 deadline: float) -> None:
     while True:
         try:

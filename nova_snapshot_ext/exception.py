@@ -70,14 +70,14 @@ class UnsafeDisk(SnapshotError):
 
 
 class NotOurs(SnapshotError):
-    """An owner was not changed: what has it is not what it should be."""
+    """A file was left alone: it is not what it should be."""
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(path, why)
 
     def __str__(self) -> str:
         path, why = self.args
-        return f'The owner of {path} is not changed: {why}'
+        return f'{path} is left as it is: {why}'
 
 
 class GuestGone(SnapshotError):

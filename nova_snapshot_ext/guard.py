@@ -55,9 +55,12 @@ _RETRY_S = 1.0
 # its log.
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 60.0
-# How long a guard may start a guest on its own, once it is off and nothing is
-# under way: nobody can have decided otherwise about a guest whose snapshot has
-# just ended. Later only Nova knows.
+# How long it tries what an owner that lives is late with. It does so anew
+# when that one ends.
+_LATE_TIMEOUT_S = 600.0
+# How long a guard may start a guest, or write to its disk, on its own, once
+# it is off and nothing is under way: nobody can have decided otherwise about
+# a guest whose snapshot has just ended. Later only Nova knows.
 _START_TIMEOUT_OF_GUEST_S = 120.0
 
 
@@ -130,7 +133,8 @@ class Guard(contextlib.AbstractContextManager['Guard']):
 
 
 class GuardHost(hosts.PlainHost):
-    """What a guard may do: starting a guest only soon after it could be.
+    """What a guard may do with a guest that is off: to start it, or write to
+    its disk, only soon after that could be done.
 
     A guest that is up and paused may be resumed at any time.
     """
@@ -140,15 +144,22 @@ class GuardHost(hosts.PlainHost):
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
         """:raises UndoFailed: when it is too late for that"""
+        self._check_soon('The guest is not started: whether it should run')
+        return super().may_start()
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """:raises UndoFailed: when it is too late for that"""
+        self._check_soon('Nothing is written to the disk of a guest that is '
+                         'off: whether it is here, and left alone,')
+        return super().undisturbed()
+
+    def _check_soon(self, what: str) -> None:
         now = time.monotonic()
         if self._deadline is None:
             # How long its memory was saved does not count.
             self._deadline = now + _START_TIMEOUT_OF_GUEST_S
         if now > self._deadline:
-            raise exception.UndoFailed(
-                'The guest is not started: whether it should run by now is '
-                'for Nova to say')
-        return super().may_start()
+            raise exception.UndoFailed(f'{what} by now is for Nova to say')
 
 
 def find_guest(uri: str, uuid: str) -> guests.Guest | None:
@@ -168,25 +179,58 @@ def _stand_guard(path: str) -> None:
     sys.stdout.buffer.flush()
     # What the undos need takes longer than all else: nobody waits for it.
     plugins.load_all()
-    done: set[int] = set()
+    late: dict[int, _Late] = {}
     while not select.select([sys.stdin], [], [], _POLL_S)[0]:
         try:
             log = undo.read(path)
         except (FileNotFoundError, ValueError):
             continue
         for number, pending in sorted(log.pending.items(), reverse=True):
-            if (pending.overdue is None or pending.overdue > undo.uptime()
-                    or number in done):
+            if pending.overdue is None or pending.overdue > undo.uptime():
                 continue
-            LOG.warning('Its owner is late: running %s of %s',
-                        pending.step, path)
-            try:
-                pending.run(undo.Surroundings(
-                    find_guest(log.uri, log.domain), hosts.PlainHost()))
-                done.add(number)
-            except Exception:
-                LOG.exception('%s of %s failed', pending.step, path)
-                time.sleep(_RETRY_S)
+            late.setdefault(number, _Late()).run(pending, log, path)
+
+
+class _Late:
+    """An undo whose owner lives, and is late."""
+
+    def __init__(self) -> None:
+        #: None when it is done, or given up
+        self._next: float | None = time.monotonic()
+        self._wait_s = _RETRY_S
+        self._deadline = time.monotonic() + _LATE_TIMEOUT_S
+
+    def run(self, pending: undo.Pending, log: undo.Contents,
+            path: str) -> None:
+        """Run it, if it is time to.
+
+        What fails is tried again less and less often: whoever does not
+        answer, such as a guest agent that is dead, is not kept busy, nor is
+        the guard when its owner dies.
+        """
+        if self._next is None or time.monotonic() < self._next:
+            return
+        LOG.warning('Its owner is late: running %s of %s',
+                    pending.step, path)
+        try:
+            pending.run(undo.Surroundings(
+                find_guest(log.uri, log.domain), hosts.PlainHost()))
+        except Exception as error:
+            now = time.monotonic()
+            if now > self._deadline:
+                self._next = None
+                LOG.error('%s of %s is left to its owner, or to when that '
+                          'ends: %s', pending.step, path, error)
+            else:
+                self._next = now + self._wait_s
+                self._wait_s = _longer(self._wait_s)
+                LOG.warning('%s of %s failed: %s', pending.step, path, error)
+        else:
+            self._next = None
+
+
+def _longer(wait_s: float) -> float:
+    return min(max(wait_s * 1.5, _RETRY_S), _LONGEST_RETRY_S)
 
 
 def main() -> int:
@@ -202,7 +246,8 @@ def main() -> int:
     return 0 if bring_back(path, find_guest, GuardHost()) else 1
 
 
-def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
+def bring_back(path: str, find: undo.FindGuest,
+               host: hosts.Host | undo.HostFor) -> bool:
     """Run what is left in the log of an owner that is dead or done.
 
     What fails is tried again for an hour.
@@ -229,7 +274,7 @@ def bring_back(path: str, find: undo.FindGuest, host: hosts.Host) -> bool:
             LOG.warning('%s is tried again in %.2f s: %s', path, wait_s,
                         error)
             time.sleep(wait_s)
-            wait_s = min(max(wait_s * 1.5, _RETRY_S), _LONGEST_RETRY_S)
+            wait_s = _longer(wait_s)
 
 
 if __name__ == '__main__':

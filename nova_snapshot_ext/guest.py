@@ -174,7 +174,8 @@ class _Domain:
     A restart of libvirtd ends every connection for good, and with it what
     was looked up by it; the guest runs on. Then the call is repeated, once:
     if it came through after all, libvirt refuses the second of those that
-    would do harm.
+    would do harm. What takes long may go on all the same when its connection
+    broke, and is not repeated (:meth:`once`).
     """
 
     def __init__(self, domain: libvirt.virDomain, find: Find) -> None:
@@ -193,6 +194,14 @@ class _Domain:
                      error)
         self._domain = self._find()
         return function(self._domain)
+
+    def once(self, name: str, *arguments: object) -> typing.Any:
+        """Call a method of virDomain, and never again.
+
+        Its error says whether the connection broke: the call may then have
+        come through, be under way, or have been for nothing.
+        """
+        return getattr(self._domain, name)(*arguments)
 
     def __getattr__(self, name: str) -> collections.abc.Callable[
             ..., typing.Any]:
@@ -587,18 +596,46 @@ class Guest:
         return None
 
     def save_memory(self) -> None:
-        """Stop it with its memory saved (managed save)."""
+        """Stop it with its memory saved (managed save).
+
+        :raises LibvirtError: also if the connection broke, and nobody knows
+            how it ends
+        """
         with self._calling('Managed save'):
-            self._domain.managedSave(0)
+            self._domain.once('managedSave', 0)
+
+    def remove_cut_save(self) -> None:
+        """Remove what there is of a managed save that libvirtd did not live
+        to end, while the guest is up and has no job.
+
+        libvirt would not start it from that, but calls it a managed save.
+        """
+        if self.state() in (State.RUNNING, State.PAUSED) and (
+                self.has_managed_save()):
+            with self._calling('Removal of a managed save'):
+                self._domain.managedSaveRemove(0)
+
+    def end_save(self) -> None:
+        """End a managed save that is under way: the guest runs on."""
+        if self.job() != 'save':
+            return
+        try:
+            with self._calling('End of the managed save'):
+                self._domain.abortJob()
+        except LibvirtError as error:
+            if error.code != libvirt.VIR_ERR_OPERATION_INVALID:
+                raise       # it has ended
 
     def start(self, paused: bool = False) -> None:
         """Start it; from its saved memory if there is some, and in the
         state, running or paused, that it had then.
 
         :param paused: paused in any case
+        :raises LibvirtError: as :meth:`save_memory`
         """
         with self._calling('Start'):
-            self._domain.createWithFlags(
+            self._domain.once(
+                'createWithFlags',
                 libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     def suspend(self) -> None:

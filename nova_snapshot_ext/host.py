@@ -46,7 +46,11 @@ class Host(typing.Protocol):
         """Whether the guest that we stopped is still ours to start.
 
         Asked when it is off and nothing is under way. While the context
-        lasts nobody deletes it; its dedicated CPUs are on line.
+        lasts nobody deletes it, nor begins anything else with it; its
+        dedicated CPUs are on line.
+
+        :raises UndoFailed: if that can't be said yet: somebody is at work
+            on it
         """
 
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
@@ -54,11 +58,13 @@ class Host(typing.Protocol):
 
         As long as it is up and paused by us, it is not down by anybody's
         will.
+
+        :raises UndoFailed: likewise
         """
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
-        """While the context lasts nobody starts, stops or deletes the guest,
-        nor is in the middle of it.
+        """While the context lasts nobody starts, stops, moves or deletes the
+        guest, nor is in the middle of it.
 
         Not for who holds up a caller that did just that.
 

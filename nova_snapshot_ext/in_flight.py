@@ -16,18 +16,20 @@ The undo log says how a guest comes back, and its guard may finish that while
 nova-compute is dead. What only nova-compute can see to, the image in Glance
 and what Nova says of the server, is in a file of its own, one for each image:
 it is there from before the snapshot begins until nova-compute has seen its
-end. A lock tells whether the one that wrote it lives, as that of an undo log
-does.
+end; and, if that is an error, until Nova has had the time to delete the image.
+A lock tells whether the one that wrote it lives, as that of an undo log does.
 """
 
 import contextlib
 import dataclasses
 import os
+import threading
 import types
 import typing
 
 from oslo_log import log as logging
 
+from nova_snapshot_ext import exception
 from nova_snapshot_ext import rights
 from nova_snapshot_ext import undo
 
@@ -35,6 +37,11 @@ LOG = logging.getLogger(__name__)
 
 VERSION = 1
 SUFFIX = '.in-flight'
+# How long Nova may take to delete the image of a snapshot that failed, which
+# is the next that it does.
+_NOVA_DELETES_S = 600.0
+# By its path: one of this process that waits for that.
+_left_to_nova: 'dict[str, Record]' = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +62,15 @@ class Record(contextlib.AbstractContextManager['Record']):
     """A snapshot in flight, as long as the process lives that holds it."""
 
     def __init__(self, path: str, descriptor: int, snapshot: Snapshot,
-                 announced: list[int]) -> None:
+                 announced: list[int], failure: str | None = None) -> None:
         """Use :meth:`begin` or :meth:`adopt`."""
         self.path = path
         self._descriptor = descriptor
         self.snapshot = snapshot
         #: the length of each body that Glance was sent, or was to be
         self.announced = announced
+        #: why the snapshot failed, None while it had not
+        self.failure = failure
 
     @classmethod
     def begin(cls, directory: str, snapshot: Snapshot) -> 'Record':
@@ -73,6 +82,9 @@ class Record(contextlib.AbstractContextManager['Record']):
         # Sockets may be made below it, which QEMU passes to.
         rights.make_passable(directory)
         path = os.path.join(directory, snapshot.image_id + SUFFIX)
+        earlier = _left_to_nova.get(path)
+        if earlier is not None:
+            earlier.forget()
         descriptor = undo.open_locked(path, os.O_CREAT, path)
         try:
             os.ftruncate(descriptor, 0)
@@ -95,7 +107,7 @@ class Record(contextlib.AbstractContextManager['Record']):
         """
         descriptor = undo.open_locked(path, 0, path)
         try:
-            records = undo.read_records(path)
+            records = undo.read_records(path, descriptor)
             if not records:
                 os.unlink(path)
                 os.close(descriptor)
@@ -112,6 +124,9 @@ class Record(contextlib.AbstractContextManager['Record']):
 
     def forget(self) -> None:
         """Nothing is left to see to."""
+        if self._descriptor < 0:
+            return
+        _left_to_nova.pop(self.path, None)
         try:
             os.unlink(self.path)
         except FileNotFoundError:
@@ -131,11 +146,24 @@ class Record(contextlib.AbstractContextManager['Record']):
     def __exit__(self, kind: type[BaseException] | None,
                  error: BaseException | None,
                  traceback: types.TracebackType | None) -> None:
-        if kind is None or issubclass(kind, Exception):
+        if kind is None:
             self.forget()
+        elif issubclass(kind, Exception):
+            self._leave_to_nova(exception.shown(error))
         else:
             # The process ends, and Nova does not delete the image.
             self.close()
+
+    def _leave_to_nova(self, failure: str) -> None:
+        """Forget it when Nova has had the time to delete the image; if the
+        process dies before, the next one finds it."""
+        self.failure = failure
+        with contextlib.suppress(OSError):
+            undo.append(self._descriptor, self.path, {'failed': failure})
+        _left_to_nova[self.path] = self
+        timer = threading.Timer(_NOVA_DELETES_S, self.forget)
+        timer.daemon = True
+        timer.start()
 
 
 def left_in(directory: str) -> list[str]:
@@ -144,7 +172,7 @@ def left_in(directory: str) -> list[str]:
 
 
 def _understood(path: str, records: list[typing.Any],
-                ) -> tuple[Snapshot, list[int]]:
+                ) -> tuple[Snapshot, list[int], str | None]:
     try:
         head = dict(records[0])
         version = head.pop('in_flight')
@@ -152,8 +180,13 @@ def _understood(path: str, records: list[typing.Any],
             raise ValueError(
                 f'{path} is a record of version {version}; this is for '
                 f'version {VERSION}')
-        return (Snapshot(**head),
-                [int(record['announced']) for record in records[1:]])
+        announced, failure = [], None
+        for record in records[1:]:
+            if 'failed' in record:
+                failure = str(record['failed'])
+            else:
+                announced.append(int(record['announced']))
+        return Snapshot(**head), announced, failure
     except (KeyError, TypeError) as error:
         raise ValueError(
             f'{path} is not a record of a snapshot: {error}') from error

@@ -13,22 +13,26 @@
 """A guest stopped with its memory saved, and how it comes back."""
 
 import collections.abc
+import contextlib
 import time
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
 _POLL_S = 0.05
-# How long a managed save, or the restore, that its owner did not live to see
-# may take.
+# How long a managed save, or the restore, may take whose end nobody hears of.
 _SAVE_TIMEOUT_S = 600.0
 # How long after it was asked to a guest may let go of a device.
 _LATE_S = 60.0
 # How long libvirt may keep such a call waiting for the domain's lock
 # (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
 _LOCK_WAIT_S = 35.0
+# How often it is looked whether a save has to be ended.
+_END_SAVE_POLL_S = 1.0
 
 
 @undo.step
@@ -41,9 +45,10 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
     begun = time.monotonic()
     while guest.state() is not guests.State.SHUTOFF:
         waited = time.monotonic() - begun
-        # An owner that lives knows how its call ended.
-        if not around.owner_died or (
-                guest.job() is None and waited > _LOCK_WAIT_S):
+        if not around.owner_died:
+            return          # its owner knows how its call ended
+        if guest.job() is None and waited > _LOCK_WAIT_S:
+            guest.remove_cut_save()
             return
         if waited > _SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
@@ -80,7 +85,7 @@ def let_run(around: undo.Surroundings, guest: guests.Guest,
 
 
 def _wait_until_started(guest: guests.Guest) -> None:
-    """Wait for a start that a dead owner left under way, if there is one.
+    """Wait for a start that goes on without its owner, if there is one.
 
     The guest is paused then for as long as its memory is read.
     """
@@ -130,14 +135,48 @@ def is_gone(around: undo.Surroundings) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _ended_in_time(guest: guests.Guest, request: requests.Request,
+                   ) -> collections.abc.Iterator[None]:
+    """End a managed save that takes too long, or that nobody wants.
+
+    Its guest stands still meanwhile, and runs on then.
+    """
+    begun = time.monotonic()
+    late = False
+
+    def look() -> bool:
+        nonlocal late
+        late = time.monotonic() - begun > request.save_timeout
+        if late or request.cancellation.reason is not None:
+            with contextlib.suppress(exception.SnapshotError):
+                guest.end_save()
+        return True
+
+    try:
+        with beside.repeated(look, _END_SAVE_POLL_S):
+            yield
+    except exception.GuestGone:
+        raise
+    except exception.SnapshotError as error:
+        request.cancellation.check()
+        if late:
+            raise exception.FreezeFailed(
+                f'[snapshot_ext] save_timeout = {request.save_timeout} '
+                f'seconds were not enough to save the memory of '
+                f'{guest.name}: {error}') from error
+        raise
+
+
 class Stopped:
     """A guest that we stopped, until it is back by one of its methods."""
 
-    def __init__(self, guest: guests.Guest, log: undo.UndoLog,
-                 pause: frozen.Pause) -> None:
+    def __init__(self, guest: guests.Guest, request: requests.Request,
+                 log: undo.UndoLog, pause: frozen.Pause) -> None:
         """Take the guest's host devices, save its memory and stop it.
 
         :param pause: gets the time until it runs again
+        :raises FreezeFailed: if its memory is not saved in time
         """
         self._guest = guest
         self._log = log
@@ -150,11 +189,13 @@ class Stopped:
             guest.detach(device)
         self._start = log.push(start_guest)
         pause.begin()
-        guest.save_memory()
+        with _ended_in_time(guest, request), log.calling():
+            guest.save_memory()
 
     def start(self) -> None:
         """Start it, in the state that it had."""
-        self._start.run()
+        with self._log.calling():
+            self._start.run()
         self._is_back()
 
     def start_after(self, begin: collections.abc.Callable[[], None]) -> None:
@@ -172,7 +213,8 @@ class Stopped:
                 raise exception.FreezeFailed(
                     f'{self._guest.name} is not ours to start any more: it '
                     f'is being stopped or deleted, or was started meanwhile')
-            self._guest.start(paused=True)
+            with self._log.calling():
+                self._guest.start(paused=True)
             begin()
             if self._was_running:
                 self._guest.resume()

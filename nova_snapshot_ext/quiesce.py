@@ -35,10 +35,17 @@ def thaw(around: undo.Surroundings, guest: guests.Guest,
     itself, is thawed.
 
     :param life: the guest's when it was frozen
+    :raises UndoFailed: if no agent has its channel open
     """
-    if (guest.state() is not guests.State.SHUTOFF
-            and life in (None, guest.life())):
-        _thaw(guest, timeout_s)
+    if (guest.state() is guests.State.SHUTOFF
+            or life not in (None, guest.life())):
+        return
+    if not guest.agent_connected():
+        # To ask it would only keep others waiting who ask it something.
+        raise exception.UndoFailed(
+            f'The guest agent of {guest.name} has ended: nobody can thaw its '
+            f'file systems until it is back, or the guest is started anew')
+    _thaw(guest, timeout_s)
 
 
 def _thaw(guest: guests.Guest, timeout_s: int) -> int:

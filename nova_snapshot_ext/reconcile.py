@@ -45,9 +45,6 @@ EVENT = 'snapshot_ext_snapshot'
 _RETRY_S = 5.0
 _LONGEST_RETRY_S = 600.0
 _GIVE_UP_S = 24 * 3600.0
-# How long Glance may take to notice that an upload broke, or to store what
-# came of it.
-_SAVING_S = 300.0
 # What a caller of the driver makes of the task state that it was called in.
 # Nova clears those of a plain snapshot by itself at its start, and knows what
 # to do about a resize.
@@ -110,7 +107,7 @@ def _free(instance: objects.Instance | None,
 
 def _settle_all(records: list[in_flight.Record]) -> None:
     for record in records:
-        _tell(record.snapshot, _DIED)
+        _tell(record.snapshot, _why(record))
     begun = time.monotonic()
     wait_s = _RETRY_S
     while records:
@@ -130,10 +127,16 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     try:
         outcome = dead.settle(
             _glance(), record.snapshot, record.announced,
-            _DIED if CONF.snapshot_ext.dead_image == 'keep' else None,
-            patient=waited < max(
-                _SAVING_S, CONF.snapshot_ext.answer_timeout))
+            _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
+            # A store may take it as long as that of a living one.
+            patient=waited < CONF.snapshot_ext.answer_timeout)
     except exception.ImageGone as error:
+        if record.failure is not None:
+            # Nova had been told to delete it.
+            LOG.info('image %s of a snapshot that failed is gone',
+                     record.snapshot.image_id)
+            record.forget()
+            return True
         # Glance says the same of an image that one may not see.
         if waited < _GIVE_UP_S:
             return _is_said(record, waited, error)
@@ -146,11 +149,18 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
                   record.path, error)
         record.close()
         return True
-    LOG.warning('%s; %s', _DIED, outcome,
+    LOG.warning('%s; %s', _why(record), outcome,
                 instance_uuid=record.snapshot.instance_uuid)
-    _tell(record.snapshot, f'{_DIED}; {outcome}')
+    _tell(record.snapshot, f'{_why(record)}; {outcome}')
     record.forget()
     return True
+
+
+def _why(record: in_flight.Record) -> str:
+    """Why there may be an image that nobody fills."""
+    if record.failure is None:
+        return _DIED
+    return f'{record.failure}; then nova-compute died'
 
 
 def _is_said(record: in_flight.Record, waited: float,

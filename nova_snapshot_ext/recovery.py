@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import enum
 import fcntl
+import os
 
 import libvirt
 
@@ -55,13 +56,20 @@ class Finding:
 
 
 class NovasGuest(hosts.PlainHost):
-    """Whoever is not Nova does not start a guest of Nova's."""
+    """Whoever is not Nova does not start a guest of Nova's, and writes to no
+    disk that Nova may be at work on."""
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
         """:raises UndoFailed: always, so that the undo stays in the log"""
         raise exception.UndoFailed(
             'it is not started, because whether it should run is for Nova to '
             'say: start nova-compute, or use --force')
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """:raises UndoFailed: always"""
+        raise exception.UndoFailed(
+            'its disk is not written to, because it is off, and Nova may be '
+            'moving it: start nova-compute, or use --force')
 
 
 def host_for(guest: guests.Guest | None, force: bool) -> hosts.PlainHost:
@@ -103,7 +111,7 @@ def _look(path: str, force: bool) -> Finding:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise exception.GuestBusy(path) from None
-        contents = undo.read(path)
+        contents = undo.read(path, file.fileno())
     words = ''
     if contents.boot_id != undo.boot_id():
         words = 'from before a reboot: nothing is done to the guest itself'
@@ -112,24 +120,23 @@ def _look(path: str, force: bool) -> Finding:
         if guest is None:
             words = 'the guest is gone'
         elif isinstance(host_for(guest, force), NovasGuest):
-            words = "the guest is Nova's: it is not started without --force"
+            words = ("the guest is Nova's: while it is off, it is not "
+                     "started and its disk is not written to without "
+                     "--force")
     return Finding(path, Outcome.WOULD, contents.domain, _steps(contents),
                    words)
 
 
 def _finish(path: str, force: bool) -> Finding:
-    contents = undo.read(path)
-    guest = (guards.find_guest(contents.uri, contents.domain)
-             if contents.uri else None)
-    log = undo.UndoLog.adopt(path, lambda uri, uuid: guest,
-                             host_for(guest, force))
-    steps = _steps(contents)
+    log = undo.UndoLog.adopt(path, guards.find_guest,
+                             lambda guest: host_for(guest, force))
+    domain = os.path.basename(path).removesuffix(undo.SUFFIX)
+    steps = log.steps
     try:
         log.unwind()
     except exception.UndoFailed as error:
-        return Finding(path, Outcome.FAILED, contents.domain, steps,
-                       str(error))
-    return Finding(path, Outcome.DONE, contents.domain, steps)
+        return Finding(path, Outcome.FAILED, domain, steps, str(error))
+    return Finding(path, Outcome.DONE, domain, steps)
 
 
 def _steps(contents: undo.Contents) -> tuple[str, ...]:

@@ -80,3 +80,5 @@ class Request:
     guest_share: int = 0
     #: seconds in which whatever serves a frozen disk must answer
     read_timeout: int = 300
+    #: seconds that saving a guest's memory may take
+    save_timeout: int = 3600

@@ -49,6 +49,9 @@ _STEP = 32 * 1024 ** 2
 # linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
 _FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# What a file system answers that takes no more writes: it was found damaged,
+# or its device is gone.
+_BROKEN = (errno.EROFS, errno.EIO, errno.EUCLEAN, errno.ENODEV)
 
 
 def most_bytes(capacity: int) -> int:
@@ -85,9 +88,10 @@ class _File:
         os.close(self._descriptor)
 
     def reserve_ahead(self) -> None:
-        """:raises OSError: if the room can't be had; what was reserved
-            before stays
+        """:raises OSError: if the room can't be had, or not be used; what was
+            reserved before stays
         """
+        self._check_writable()
         size = self._bytes()
         self._growth = max(self._growth, size - self._size)
         self._size = size
@@ -114,6 +118,20 @@ class _File:
             # Such as NFS before 4.2: what is free now has to do.
             if workspace.free_bytes(self.path) < length - self._size:
                 raise OSError(errno.ENOSPC, '') from error
+
+    def _check_writable(self) -> None:
+        """Ask for what is there, before the guest writes what can't be kept.
+
+        statvfs() does not tell: since Linux 6.15 an ext4 that was found
+        damaged only behaves as if it were read-only.
+        """
+        try:
+            _allocate(self._descriptor, 0, 1)
+        except OSError as error:
+            if error.errno in _BROKEN:
+                raise OSError(
+                    error.errno, f'{self.path} can not be written to any '
+                    f'more: {os.strerror(error.errno)}') from error
 
     def _bytes(self) -> int:
         """What QEMU has put into it; it fills a file from its start."""

@@ -59,7 +59,7 @@ class ChosenTransfer:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A snapshot that can be taken: nothing was touched to find out."""
+    """A snapshot that can be taken: nothing of it is begun."""
 
     disk: disks_.Disk
     #: of the disk, in bytes
@@ -103,19 +103,23 @@ class Result:
         }
 
 
-def plan(guest: guests.Guest, wished: selection.Wish,
+def plan(guest: guests.Guest, host: hosts.Host, wished: selection.Wish,
          transfer_names: collections.abc.Sequence[str],
          request: requests.Request) -> Plan:
     """Find out whether and how a snapshot can be taken.
+
+    What a dead process left of an earlier one is undone first: what can serve
+    depends on what the guest comes back to.
 
     :raises GuestBusy: if another snapshot of it is in flight
     :raises InvalidSetting: if a name or a directory is not valid
     :raises NoFlowServes: if no flow, or no transfer, can serve
     :raises NotEnoughRoom: if the staging directory is too small
+    :raises UndoFailed: if an earlier one can't be undone
     :raises UnsafeDisk: if the disk refers to what no guest may reach
     """
-    # What it does to the guest would be named as obstacles.
-    undo.check_idle(request.state_directory, guest)
+    # What another one does to the guest would be named as obstacles.
+    undo.finish_left_over(request.state_directory, guest, host)
     workspace.check_directory(
         request.staging_directory, request.staging_setting)
     workspace.check_socket_parent(request.socket_directory)
@@ -198,7 +202,6 @@ def take(
     """
     began = time.monotonic()
     service.prepare(description, planned.image_bytes)
-    undo.finish_left_over(request.state_directory, guest, host)
     meter = progress.Meter(request.progress)
     attendant = attendants.Attendant(
         guest.name, meter, request.cancellation, service.check, report)

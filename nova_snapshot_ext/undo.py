@@ -28,6 +28,7 @@ import fcntl
 import functools
 import json
 import os
+import stat
 import time
 import types
 import typing
@@ -54,13 +55,16 @@ class Surroundings:
     host: hosts.Host
     #: the host was booted since: guests are Nova's to start, not ours
     rebooted: bool = False
-    #: who pushed the undo is dead, and may have left a call under way
+    #: who pushed the undo is dead, and may have left a call under way; or
+    #: lives, and the connection broke that it was made by
     owner_died: bool = False
 
 
 Step = collections.abc.Callable[..., None]
 #: gives the guest of a libvirt URI and a domain's UUID, None if it is gone
 FindGuest = collections.abc.Callable[[str, str], guests.Guest | None]
+#: gives the rights on a guest, None for one that is gone
+HostFor = collections.abc.Callable[[guests.Guest | None], hosts.Host]
 _STEPS: dict[str, Step] = {}
 
 
@@ -143,7 +147,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         try:
             _give_to_owner_of(directory, descriptor)
             try:
-                left = read(path).pending
+                left = read(path, descriptor).pending
             except ValueError as error:
                 raise exception.GuestBusy(
                     f'{path} says how to undo a snapshot of {guest.name} '
@@ -172,9 +176,11 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
 
     @classmethod
     def adopt(cls, path: str, find_guest: FindGuest,
-              host: hosts.Host, name: str | None = None) -> 'UndoLog':
+              host: hosts.Host | HostFor,
+              name: str | None = None) -> 'UndoLog':
         """Take over the log of a dead process.
 
+        :param host: or what gives one for the guest that was found
         :param name: of the guest, for the message where it is known
         :raises GuestBusy: if its owner lives
         :raises FileNotFoundError: if there is none (any more)
@@ -182,11 +188,12 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         """
         descriptor = open_locked(path, 0, name or path)
         try:
-            found = read(path)
+            found = read(path, descriptor)
             drop_cut_line(descriptor)
+            guest = find_guest(found.uri, found.domain) if found.uri else None
             surroundings = Surroundings(
-                find_guest(found.uri, found.domain) if found.uri else None,
-                host, rebooted=found.boot_id != boot_id(), owner_died=True)
+                guest, host(guest) if callable(host) else host,
+                rebooted=found.boot_id != boot_id(), owner_died=True)
         except BaseException:
             os.close(descriptor)
             raise
@@ -245,6 +252,26 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
     def pending(self) -> int:
         """How many steps are left to undo."""
         return len(self._entries)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What is left to undo, in the order in which it is."""
+        return tuple(str(entry) for entry in reversed(self._entries))
+
+    @contextlib.contextmanager
+    def calling(self) -> collections.abc.Iterator[None]:
+        """While a call of libvirt is made that may go on without us.
+
+        If its connection breaks, nobody knows how it ends: the way back has
+        to look, as it does for an owner that died.
+        """
+        try:
+            yield
+        except guests.LibvirtError as error:
+            if error.of_connection:
+                self.surroundings = dataclasses.replace(
+                    self.surroundings, owner_died=True)
+            raise
 
     def unwind(self) -> None:
         """Undo everything, newest first; the log goes if all of it worked.
@@ -324,27 +351,36 @@ def append(descriptor: int, path: str,
 
 def drop_cut_line(descriptor: int) -> None:
     """Cut a last line without its end: what is appended would join it."""
-    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    os.ftruncate(descriptor, content.rfind(b'\n') + 1)
+    os.ftruncate(descriptor, _content(descriptor).rfind(b'\n') + 1)
 
 
-def open_locked(path: str, flags: int, name: str,
-                lock: int = fcntl.LOCK_EX) -> int:
+def _content(descriptor: int) -> bytes:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def open_locked(path: str, flags: int, name: str) -> int:
     """Open a log and take its lock, as long as it is the one in the folder.
 
     The lock goes with the last descriptor, and children get none: a lock
     that can be had says that its owner is dead.
 
     :raises GuestBusy: if somebody has it
+    :raises NotOurs: if it is no file, or has another name as well: who is
+        root must not write or give away what a link leads to
     """
     while True:
         descriptor = os.open(
             path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             | flags, 0o600)
         try:
-            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(descriptor)
+            if os.path.samestat(status, os.stat(path)):
+                _check_plain(status, path)
                 return descriptor
+        except exception.NotOurs:
+            os.close(descriptor)
+            raise
         except BlockingIOError:
             os.close(descriptor)
             raise exception.GuestBusy(
@@ -353,6 +389,13 @@ def open_locked(path: str, flags: int, name: str,
             pass
         # Its owner deleted it between our open and our lock.
         os.close(descriptor)
+
+
+def _check_plain(status: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise exception.NotOurs(path, 'it is not a file')
+    if status.st_nlink != 1:
+        raise exception.NotOurs(path, 'it has other names as well')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,16 +432,18 @@ class Contents:
     pending: dict[int, Pending]
 
 
-def read(path: str) -> Contents:
+def read(path: str, descriptor: int | None = None) -> Contents:
     """Read a log, whoever holds it.
 
     A last line that was cut off counts as not written: its step was not
     taken.
 
+    :param descriptor: where its lock is held, which is read then: another
+        file may have its path by now
     :raises FileNotFoundError: if there is none
     :raises ValueError: if a whole line can't be understood
     """
-    records = read_records(path)
+    records = read_records(path, descriptor)
     if not records:
         return Contents('', '', '', {})
     try:
@@ -430,13 +475,19 @@ def _typed(record: dict[str, typing.Any], name: str,
     return record[name]
 
 
-def read_records(path: str) -> list[typing.Any]:
+def read_records(path: str,
+                 descriptor: int | None = None) -> list[typing.Any]:
     """The whole lines of a file of JSON lines.
 
+    :param descriptor: as for :func:`read`
     :raises ValueError: if one is not JSON
     """
-    with open(path, 'rb') as file:
-        lines = file.read().split(b'\n')[:-1]
+    if descriptor is None:
+        with open(path, 'rb') as file:
+            content = file.read()
+    else:
+        content = _content(descriptor)
+    lines = content.split(b'\n')[:-1]
     try:
         return [json.loads(line) for line in lines]
     except RecursionError as error:
@@ -451,17 +502,6 @@ def logs_in(directory: str, suffix: str = SUFFIX) -> list[str]:
                       if name.endswith(suffix))
     except FileNotFoundError:
         return []
-
-
-def check_idle(directory: str, guest: guests.Guest) -> None:
-    """:raises GuestBusy: if a snapshot of the guest is in flight
-
-    Nothing is changed: what a dead process left is for whoever begins one.
-    """
-    path = os.path.join(directory, guest.uuid + SUFFIX)
-    with contextlib.suppress(FileNotFoundError):
-        # Shared: who only looks is in nobody's way who does so, too.
-        os.close(open_locked(path, 0, guest.name, fcntl.LOCK_SH))
 
 
 def finish_left_over(directory: str, guest: guests.Guest,

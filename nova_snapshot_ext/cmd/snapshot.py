@@ -40,7 +40,6 @@ from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rights
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
-from nova_snapshot_ext import undo
 
 LOG = logging.getLogger(__name__)
 
@@ -221,6 +220,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         bandwidth=configuration.bandwidth,
         guest_share=configuration.guest_share,
         read_timeout=configuration.read_timeout,
+        save_timeout=configuration.save_timeout,
         on_scratch_full=configuration.on_scratch_full,
         may_stop=options.force or not guest.belongs_to_nova())
 
@@ -289,10 +289,8 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         request = dataclasses.replace(
             _request(options, configuration, guest), progress=progress)
         host = recovery.host_for(guest, options.force)
-        # What can serve depends on what the guest comes back to.
-        undo.finish_left_over(request.state_directory, guest, host)
         planned = snapshot.plan(
-            guest, wished, configuration.transfers, request)
+            guest, host, wished, configuration.transfers, request)
         result = snapshot.take(
             guest, host, planned, request, service,
             images.Description(

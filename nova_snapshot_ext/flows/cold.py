@@ -121,7 +121,7 @@ def _by_internal_snapshots(
     sources = [_Source(guest, disk) for disk in disks]
     sockets = workspace.make_socket_directory(request, log)
     pause = frozen.Pause()
-    stopped = power.Stopped(guest, log, pause)
+    stopped = power.Stopped(guest, request, log, pause)
     for source in sources:
         source.hold_internally(log)
     stopped.start()
@@ -138,7 +138,7 @@ def _by_backup_job(
         log: undo.UndoLog) -> collections.abc.Iterator[frozen.Frozen]:
     with backup_job.prepared(guest, disks, request, log) as job:
         pause = frozen.Pause()
-        power.Stopped(guest, log, pause).start_after(job.begin)
+        power.Stopped(guest, request, log, pause).start_after(job.begin)
         yield job.frozen(frozen.Consistency.CRASH, pause)
 
 

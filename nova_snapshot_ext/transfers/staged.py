@@ -14,6 +14,7 @@
 
 import collections.abc
 import contextlib
+import json
 import os
 import typing
 
@@ -32,6 +33,7 @@ from nova_snapshot_ext import workspace
 FORMATS = ('qcow2', 'raw', 'vmdk', 'vdi')
 
 _PROGRESS_S = 1.0
+_SECTOR = 512
 
 
 class StagedFile(image_bytes.ImageBytes):
@@ -76,9 +78,29 @@ class StagedTransfer(base.Transfer):
             directory = workspace.make_directory(
                 request.staging_directory, log)
             path = os.path.join(directory, disk.target)
+            _check_size(disk, request)
             with _telling_size(path, disk.capacity, request.progress):
                 _convert(disk, path, request)
             yield StagedFile(path, request)
+
+
+def _check_size(disk: frozen.FrozenDisk, request: requests.Request) -> None:
+    """:raises TransferFailed: if the export is not as long as the disk"""
+    if not disk.capacity:
+        return
+    try:
+        size = json.loads(qemu_img.run(
+            'info', '--output', 'json', disks_.json_name(disk.block_options()),
+            limits=qemu_img.INSPECT_LIMITS, timeout=request.read_timeout,
+            cancellation=request.cancellation))['virtual-size']
+    except exception.CommandFailed as error:
+        raise exception.TransferFailed(
+            f'{disk.target} can not be read: {error}') from error
+    # QEMU counts sectors.
+    if abs(size - disk.capacity) >= _SECTOR:
+        raise exception.TransferFailed(
+            f'The export of {disk.target} has {size} bytes, and the disk '
+            f'{disk.capacity}')
 
 
 def _convert(disk: frozen.FrozenDisk, path: str,

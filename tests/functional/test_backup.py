@@ -316,6 +316,29 @@ class ScratchTest(test_flows.SnapshotTestCase):
             self.assert_ended_in_time(frozen, 'Disk quota exceeded')
             self.assert_unharmed()
 
+    def test_read_only_scratch_ends_the_job_before_the_guest_writes(self):
+        scratch = self._mounted(
+            'mkfs.ext4', '-q', '-e', 'remount-ro', '-O', '^has_journal',
+            mib=300)
+        device = images.run('findmnt', '-no', 'SOURCE', scratch).strip()
+        guest = self.used_guest
+        guest.domain.suspend()
+        with contextlib.ExitStack() as stack:
+            frozen = stack.enter_context(self.frozen_disk(scratch))
+            # As the kernel does when it finds the file system damaged.
+            pathlib.Path('/sys/fs/ext4', os.path.basename(device),
+                         'trigger_fs_error').write_text('1')
+            self.assert_ended_in_time(frozen, 'Read-only file system')
+            guest.domain.resume()
+            self.assert_unharmed()
+            # Its directory is not removed before it can be.
+            error = self.assertRaises(exception.UndoFailed, stack.close)
+        self.assertIn('remove_directory', str(error))
+        [log] = self.state.iterdir()
+        [left] = undo.read(str(log)).pending.values()
+        self.assertEqual('remove_directory', left.step)
+        log.unlink()
+
     def test_live_serves_where_the_scratch_ran_short(self):
         guest = self.used_guest
         before = guest.wait_writes_on()

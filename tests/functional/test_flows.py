@@ -16,13 +16,18 @@ import collections.abc
 import contextlib
 import json
 import pathlib
+import socket
 import tempfile
+import threading
+import time
 
+import fixtures
 import libvirt
 from oslo_utils.imageutils import format_inspector
 from testtools import content
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guard
 from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as image_services
@@ -54,6 +59,46 @@ BOTH_TRANSFERS = (('staged', 'qcow2'), ('streamed', 'qcow2'),
 def text(words: str) -> content.Content:
     """What a test adds to its details."""
     return content.text_content(words)
+
+
+class Relay(fixtures.Fixture):
+    """libvirtd's socket once more, for connections that can be cut."""
+
+    def __init__(self, target: pathlib.Path) -> None:
+        self._target = str(target)
+        self.uri = f'qemu+unix:///system?socket={target}.relay'
+
+    def _setUp(self):
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f'{self._target}.relay')
+        self._listener.listen()
+        self.addCleanup(pathlib.Path(f'{self._target}.relay').unlink)
+        self.addCleanup(self._listener.shutdown, socket.SHUT_RDWR)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self._target)
+                self._sockets += [near, far]
+                for pair in (near, far), (far, near):
+                    threading.Thread(
+                        target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """End every connection; new ones can be made."""
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 class SnapshotTestCase(base.FunctionalTestCase):
@@ -107,7 +152,8 @@ class SnapshotTestCase(base.FunctionalTestCase):
         ours = self.ours(guest)
         request = self.request(**changes)
         plan = snapshot.plan(
-            ours, selection.Wish((flow, *others), 'test', not others),
+            ours, hosts.PlainHost(),
+            selection.Wish((flow, *others), 'test', not others),
             (transfer,), request)
         service = directory.DirectoryService(image_services.Destination(
             directory=str(self.images), directory_setting='images'))
@@ -258,6 +304,79 @@ class ColdTest(SnapshotTestCase):
         _, image = self.take(guest, 'cold')
         self.assert_good(image, before, guest.counter())
         self.assert_whole(guest)
+
+    def when_saved(self, guest: guests.Guest, what: collections.abc.Callable[
+            [], object]) -> None:
+        """Do something in the middle of the guest's managed save."""
+        def wait() -> None:
+            while self.ours(guest).job() != 'save':
+                time.sleep(0.01)
+            what()
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, 60)
+
+    def frozen_in_vain(self, ours: our_guests.Guest, **changes) -> Exception:
+        flow = plugins.load(plugins.FLOWS, 'cold', 'test')()
+        log = undo.UndoLog.create(str(self.state), ours, hosts.PlainHost())
+        try:
+            return self.assertRaises(
+                exception.SnapshotError, flow.freeze(
+                    ours, ours.disks(), self.request(**changes),
+                    log).__enter__)
+        finally:
+            log.close()
+
+    def assert_runs(self, guest: guests.Guest) -> None:
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         guest.domain.state()[0])
+        self.assertFalse(guest.domain.hasManagedSaveImage(0))
+        self.assert_whole(guest)
+
+    def test_guest_whose_save_goes_on_alone_is_started(self):
+        guest = self.guest(guests.Disk('overlay'))
+        relay = self.useFixture(Relay(self.libvirtd.socket))
+        connection = libvirt.open(relay.uri)
+        life = guest.domain.ID()
+        self.when_saved(guest, relay.cut)
+        error = self.frozen_in_vain(our_guests.Guest.find(
+            connection, relay.uri, guest.uuid))
+        self.assertEqual([], list(self.state.iterdir()))
+        self.assertIsInstance(error, our_guests.LibvirtError)
+        self.assertTrue(error.of_connection)
+        guest.domain = self.connection.lookupByUUIDString(guest.uuid)
+        # libvirtd went on with it.
+        self.assertNotEqual(life, guest.domain.ID())
+        self.assert_runs(guest)
+
+    def test_guest_runs_on_whose_save_ended_with_libvirtd(self):
+        guest = self.guest(guests.Disk('overlay'))
+        ours = self.ours(guest)
+
+        def restart() -> None:
+            self.libvirtd.kill()
+            self.libvirtd.start()
+        self.when_saved(guest, restart)
+        self.frozen_in_vain(ours)
+        # What can't be undone while libvirtd is away is tried again.
+        [path] = self.state.iterdir()
+        self.assertTrue(guard.bring_back(
+            str(path), lambda uri, uuid: ours, hosts.PlainHost()))
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        guest.domain = connection.lookupByUUIDString(guest.uuid)
+        self.assert_runs(guest)
+
+    def test_save_has_its_limit_and_the_guest_runs_on(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.power._END_SAVE_POLL_S', 0.02))
+        guest = self.guest(guests.Disk('overlay'))
+        life = guest.domain.ID()
+        error = self.frozen_in_vain(self.ours(guest), save_timeout=0)
+        self.assertEqual([], list(self.state.iterdir()))
+        self.assertIn('save_timeout = 0 seconds', str(error))
+        self.assertEqual(life, guest.domain.ID())
+        self.assert_runs(guest)
 
     def test_transient_guest_is_an_obstacle(self):
         guest = self.guest(guests.Disk('overlay'))

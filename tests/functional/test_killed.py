@@ -90,7 +90,8 @@ _TAKE = textwrap.dedent('''
     ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
 ''') + test_flows.WANTED + textwrap.dedent('''\
     planned = snapshot.plan(
-        ours, selection.Wish((flow,), 'test', True), ['streamed'], wanted)
+        ours, host.PlainHost(), selection.Wish((flow,), 'test', True),
+        ['streamed'], wanted)
     snapshot.take(
         ours, host.PlainHost(), planned, wanted,
         directory.DirectoryService(base.Destination(directory=images)),

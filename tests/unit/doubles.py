@@ -31,6 +31,7 @@ class QemuImg:
         self.journal = journal
         self.path = ''
         self.snapshots: list[str] = []
+        self.size = 4096
         #: actions that fail: ``-c``, ``-d``, ``monitor``, ``create`` …
         self.fails: set[str] = set()
         #: says that it deleted, and did not
@@ -43,6 +44,7 @@ class QemuImg:
             timeout: int | None = None) -> str:
         self.commands.append(arguments)
         if arguments[0] == 'info':
+            self._may_fail('info')
             return json.dumps(self._info())
         if arguments[0] == 'snapshot':
             self._snapshot(arguments[1], arguments[2], arguments[-1])
@@ -62,8 +64,8 @@ class QemuImg:
             raise exception.CommandFailed(f'qemu-img {action} failed')
 
     def _info(self) -> dict[str, object]:
-        return {'filename': self.path, 'snapshots': [
-            {'name': name} for name in self.snapshots]}
+        return {'filename': self.path, 'virtual-size': self.size,
+                'snapshots': [{'name': name} for name in self.snapshots]}
 
     def _snapshot(self, action: str, name: str, options: str) -> None:
         opened = json.loads(options.removeprefix('json:'))

@@ -261,6 +261,10 @@ class FakeDomain:
         self.managed_save = True
         self.off(libvirt.VIR_DOMAIN_SHUTOFF_SAVED)
 
+    def managedSaveRemove(self, flags: int) -> None:
+        self._called('managedSaveRemove')
+        self.managed_save = False
+
     def createWithFlags(self, flags: int) -> None:
         paused = flags == libvirt.VIR_DOMAIN_START_PAUSED
         self._called('createWithFlags', *['paused'] * paused)

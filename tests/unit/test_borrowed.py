@@ -78,6 +78,16 @@ class TestBorrowed(base.TestCase):
         self.assertEqual(f'chown {other} {status.st_uid} {status.st_gid}',
                          self.journal[-1])
 
+    def test_owner_is_given_back_by_the_log_of_an_older_release(
+            self) -> None:
+        # It has what the path leads to, and libvirt knows the link.
+        link = os.path.join(self.directory, 'link')
+        os.symlink(self.path, link)
+        self.domain.disks = fakes.disk_xml(link)
+        self.domain.off()
+        self.restore(path=os.path.realpath(link))
+        self.assertEqual([f'chown {self.path} 1 2'], self.journal)
+
     def test_way_back_is_flushed_before(self) -> None:
         self.watch_flushes()
         borrowed.borrow(self.path, self.new_log())

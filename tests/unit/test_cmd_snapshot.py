@@ -82,6 +82,13 @@ def demo_start(around: undo.Surroundings, guest: guests.Guest) -> None:
             guest.start()
 
 
+@undo.step
+@undo.with_guest
+def demo_write(around: undo.Surroundings, guest: guests.Guest) -> None:
+    with around.host.undisturbed():
+        guest.suspend()
+
+
 class TestRecover(CommandTestCase):
 
     NOVA = ('<metadata><nova:instance xmlns:nova='
@@ -139,6 +146,17 @@ class TestRecover(CommandTestCase):
         self.assertEqual(1, len(undo.read(self.log.path).pending))
         self.assertEqual(0, self.recover('--force'))
         self.assertEqual(['createWithFlags'], self.journal.of('create'))
+
+    def test_disk_of_a_guest_of_novas_is_written_to_by_force_only(
+            self) -> None:
+        self.domain.rest = self.NOVA
+        self.log.push(demo_write)
+        self.log.close()
+        self.assertEqual(cmd.FAILED, self.recover())
+        self.assertIn('may be moving it', self.out.getvalue())
+        self.assertEqual([], self.journal.of('suspend'))
+        self.assertEqual(0, self.recover('--force'))
+        self.assertEqual(['suspend'], self.journal.of('suspend'))
 
     def test_nothing_is_started_after_a_reboot(self) -> None:
         self.log.close()

@@ -55,6 +55,7 @@ class TestOptions(base.TestCase):
         for option, value in (('verify', 'maybe'), ('encrypted', 'decrypt'),
                               ('freeze_timeout', '0'),
                               ('copy_timeout', '0'),
+                              ('save_timeout', '0'),
                               ('convert_timeout', '-1')):
             self.assertRaises(
                 ValueError, lambda: self.parsed(

@@ -28,6 +28,7 @@ from nova import exception as nova_exception
 from nova import objects
 from oslo_concurrency import lockutils
 from oslo_config import fixture as config_fixture
+import oslo_messaging
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova_snapshot_ext import driver
@@ -36,6 +37,7 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
 from tests.unit import base
@@ -123,6 +125,8 @@ class DriverTestCase(base.TestCase):
             lambda *arguments: self.events.append('nova'))
         self.patch_name('nova_snapshot_ext.mover_stream.why_not',
                         lambda python: None)
+        # It would wait for Nova, which is not here.
+        self.patch_name('threading.Timer.start', lambda timer: None)
         self.taken: list[dict[str, typing.Any]] = []
         self.error: Exception | None = None
         self.states: list[tuple[str, str | None]] = []
@@ -260,10 +264,14 @@ class TestInFlight(DriverTestCase):
             task_states.IMAGE_SNAPSHOT)], self.seen)
         self.assertEqual([], in_flight.left_in(self.state))
 
-    def test_it_is_gone_when_nova_deletes_the_image(self) -> None:
+    def test_it_stays_until_nova_has_deleted_the_image(self) -> None:
+        timers: list[threading.Timer] = []
+        self.patch_name('threading.Timer.start',
+                        lambda timer: timers.append(timer))
         self.error = exception.FreezeFailed('no socket')
         self.assertRaises(nova_exception.NovaException, self.snapshot)
-        self.assertEqual(1, len(self.seen))
+        self.assertEqual(1, len(in_flight.left_in(self.state)))
+        timers[0].function()
         self.assertEqual([], in_flight.left_in(self.state))
 
     def test_novas_own_snapshot_leaves_none(self) -> None:
@@ -694,12 +702,12 @@ class TestRecovery(DriverTestCase):
 
     def test_next_snapshot_is_planned_when_that_is_undone(self) -> None:
         self.leave_log()
-        real = snapshot.plan
+        real = selection.candidates
 
-        def plan(*arguments: typing.Any) -> snapshot.Plan:
+        def candidates(*arguments: typing.Any) -> list[selection.Candidate]:
             journal.append('plan')
             return real(*arguments)
-        self.patch_name('nova_snapshot_ext.snapshot.plan', plan)
+        self.patch_name('nova_snapshot_ext.selection.candidates', candidates)
         self.snapshot()
         self.assertEqual(['recovered instance-00000001', 'cpus',
                           'may start True', 'plan'], journal)
@@ -722,6 +730,8 @@ class TestRecovery(DriverTestCase):
         self.assertIn('nothing of it is undone', self.output.output)
 
     def test_guest_that_nova_has_no_more_is_not_started(self) -> None:
+        self.patch_name('nova_snapshot_ext.guest.Guest.belongs_to_nova',
+                        lambda guest: True)
         self.leave_log()
         self.process()
         self.assertIn('may start False', journal)
@@ -754,7 +764,7 @@ class TestRecovery(DriverTestCase):
             self.assertIn('may start False', journal)
 
     def test_guest_that_was_paused_meanwhile_is_not_resumed(self) -> None:
-        host = driver.NovaHost(self.driver, self.instance)
+        host = driver.NovaHost(self.driver, fakes.UUID, self.instance)
         for state, may in ((vm_states.ACTIVE, True),
                            (vm_states.PAUSED, False),
                            (vm_states.STOPPED, False)):
@@ -768,8 +778,37 @@ class TestRecovery(DriverTestCase):
             self.assertTrue(allowed)
 
     def test_nothing_is_resumed_that_nova_has_no_more(self) -> None:
-        with driver.NovaHost(self.driver, None).may_resume() as allowed:
+        host = driver.NovaHost(self.driver, fakes.UUID, None)
+        with host.may_resume() as allowed:
             self.assertFalse(allowed)
+
+    def test_guest_of_the_command_line_is_started(self) -> None:
+        self.patch_name('nova_snapshot_ext.guest.Guest.belongs_to_nova',
+                        lambda guest: False)
+        self.leave_log()
+        self.process()
+        self.assertEqual(['nova', 'recovered instance-00000001',
+                          'may start True'], journal)
+
+    def test_guest_that_nova_is_at_work_on_is_tried_again(self) -> None:
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 0.01)
+        path = self.leave_log()
+        self.current = self.instance.obj_clone()
+        self.current.task_state = task_states.RESCUING
+        self.patch_name('nova.objects.Instance.save',
+                        lambda instance, expected_task_state: None)
+        self.process(self.instance)
+        self.assertIn('at work on server', self.output.output)
+        self.assertNotIn('may start True', journal)
+        self.current.task_state = None
+        self.await_end(path)
+        self.assertIn('may start True', journal)
+
+    def await_end(self, path: str) -> None:
+        deadline = time.monotonic() + 10
+        while os.path.exists(path):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
 
     def test_snapshot_of_a_living_process_is_left_alone(self) -> None:
         self.patch_name(
@@ -800,10 +839,7 @@ class TestRecovery(DriverTestCase):
         self.assertIn('could not be finished', self.output.output)
         self.assertEqual(['nova'], journal)
         self.nova_host.error = None
-        deadline = time.monotonic() + 10
-        while os.path.exists(path):
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.01)
+        self.await_end(path)
         self.assertIn('may start True', journal)
 
     def test_what_can_not_be_understood_is_not_tried_again(self) -> None:
@@ -973,7 +1009,7 @@ class TestNovaHost(DriverTestCase):
                 f'nova_snapshot_ext.privileged.{name}',
                 lambda *arguments, name=name: changed.append(
                     (name, *arguments)))
-        host = driver.NovaHost(self.driver, self.instance)
+        host = driver.NovaHost(self.driver, fakes.UUID, self.instance)
         host.let_group_pass('/d', 2)
         host.take_socket('/s')
         host.give_disk('/d', 1, 2)
@@ -981,9 +1017,206 @@ class TestNovaHost(DriverTestCase):
             [('let_group_pass', '/d', 2), ('take_socket', '/s'),
              ('give_disk', '/d', 1, 2)], changed)
 
-    def test_guest_is_undisturbed_while_nova_is_locked_out(self) -> None:
+    def setUp(self) -> None:
+        super().setUp()
+        self.driver.cpu_api = type('API', (), {
+            'power_up_for_instance': lambda api, instance: None})()
+        self.current: objects.Instance | None = self.instance.obj_clone()
+        self.answer_error: Exception | None = None
+        self.patch_name('nova.objects.Instance.get_by_uuid',
+                        lambda kind, context, uuid: self.get(uuid))
+        self.patch_name(
+            'nova.objects.Instance.save',
+            lambda instance, expected_task_state: self.save_state(
+                instance, expected_task_state))
+        #: as it is in Nova's database, and what was written there
+        self.stored: str | None = None
+        self.written: list[str | None] = []
+        self.write_error: Exception | None = None
         self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
-        host = driver.NovaHost(self.driver, self.instance)
+
+    def get(self, uuid: str) -> objects.Instance:
+        self.assertEqual(fakes.UUID, uuid)
+        if self.answer_error is not None:
+            raise self.answer_error
+        if self.current is None:
+            raise nova_exception.InstanceNotFound(instance_id=uuid)
+        self.stored = self.current.task_state
+        return self.current.obj_clone()
+
+    def save_state(self, instance: objects.Instance,
+                   expected_task_state: list[str | None]) -> None:
+        if self.write_error is not None:
+            raise self.write_error
+        if self.stored not in expected_task_state:
+            raise nova_exception.UnexpectedTaskStateError(
+                instance_uuid=fakes.UUID, expected=expected_task_state,
+                actual=self.stored)
+        self.stored = instance.task_state
+        self.written.append(self.stored)
+
+    def new_host(self, caller: str | None = None, here: bool = True,
+                 stopped: bool = False) -> driver.NovaHost:
+        return driver.NovaHost(
+            self.driver, fakes.UUID, self.instance if here else None, caller,
+            stopped)
+
+    def asked(self, host: driver.NovaHost) -> tuple[str, str, str]:
+        """What it says of starting, resuming, and of writing to the disk."""
+        def ask(context: typing.Any) -> str:
+            try:
+                with context as allowed:
+                    return 'no' if allowed is False else 'yes'
+            except exception.UndoFailed:
+                return 'later'
+        return (ask(host.may_start()), ask(host.may_resume()),
+                ask(host.undisturbed()))
+
+    def in_state(self, task_state: str | None, **more: object) -> None:
+        self.current = self.instance.obj_clone()
+        self.current.task_state = task_state
+        for name, value in more.items():
+            setattr(self.current, name, value)
+
+    def test_what_nova_does_without_its_lock_is_waited_for(self) -> None:
+        for state in (
+                task_states.RESCUING, task_states.UNRESCUING,
+                task_states.REBUILDING,
+                task_states.REBUILD_BLOCK_DEVICE_MAPPING,
+                task_states.REBUILD_SPAWNING, task_states.RESIZE_PREP,
+                task_states.RESIZE_MIGRATING, task_states.RESIZE_MIGRATED,
+                task_states.RESIZE_FINISH, task_states.RESIZE_REVERTING,
+                task_states.MIGRATING, task_states.SUSPENDING,
+                task_states.RESUMING, task_states.POWERING_ON,
+                task_states.RESTORING, 'a state of a later release'):
+            # Nor does it matter in which state the snapshot was begun.
+            for caller in None, task_states.IMAGE_SNAPSHOT:
+                self.in_state(state)
+                self.assertEqual(('later', 'later', 'later'),
+                                 self.asked(self.new_host(caller)), state)
+
+    def test_what_nova_does_under_its_lock_is_not(self) -> None:
+        for state in (
+                None, task_states.IMAGE_SNAPSHOT,
+                task_states.IMAGE_SNAPSHOT_PENDING,
+                task_states.IMAGE_BACKUP, task_states.IMAGE_PENDING_UPLOAD,
+                task_states.IMAGE_UPLOADING, task_states.SHELVING,
+                task_states.REBOOTING_HARD, task_states.REBOOT_STARTED,
+                task_states.UPDATING_PASSWORD):
+            self.in_state(state)
+            self.assertEqual(('yes', 'yes', 'yes'),
+                             self.asked(self.new_host()), state)
+
+    def test_guest_that_goes_down_is_not_started(self) -> None:
+        for state in (task_states.DELETING, task_states.SOFT_DELETING,
+                      task_states.POWERING_OFF):
+            self.in_state(state)
+            self.assertEqual(('no', 'no', 'yes'),
+                             self.asked(self.new_host()), state)
+
+    def test_resize_that_waits_for_a_snapshot_holds_it_up_no_longer(
+            self) -> None:
+        # Nova has stopped the guest, and takes no lock.
+        self.in_state(task_states.RESIZE_MIGRATING)
+        host = self.new_host(task_states.RESIZE_MIGRATING, stopped=True)
+        self.assertEqual(('no', 'no', 'yes'), self.asked(host))
+        self.in_state(task_states.RESIZE_MIGRATED)
+        self.assertEqual(('no', 'no', 'later'), self.asked(host))
+        self.in_state(task_states.RESIZE_MIGRATING)
+        found: list[object] = []
+        thread = threading.Thread(
+            target=lambda: found.append(self.asked(host)))
+        thread.start()
+        thread.join()
+        # This one it does not wait for.
+        self.assertEqual([('later', 'later', 'later')], found)
+
+    def test_caller_that_did_not_stop_the_guest_has_it_started(self) -> None:
+        self.in_state(task_states.REBUILDING)
+        self.assertEqual(('yes', 'yes', 'yes'), self.asked(
+            self.new_host(task_states.REBUILDING)))
+        self.assertEqual(('later', 'later', 'later'), self.asked(
+            self.new_host(task_states.IMAGE_SNAPSHOT)))
+
+    def test_disk_that_is_on_another_host_is_not_written_to(self) -> None:
+        # It may come back by a revert of the resize.
+        for here in True, False:
+            self.in_state(None, host='compute-2')
+            self.assertEqual(('no', 'no', 'later'),
+                             self.asked(self.new_host(here=here)))
+
+    def test_disk_of_a_server_that_nova_has_no_more(self) -> None:
+        self.current = None
+        for here in True, False:
+            self.assertEqual(('no', 'no', 'yes'),
+                             self.asked(self.new_host(here=here)))
+
+    def test_guest_is_not_left_off_because_nobody_can_be_asked(self) -> None:
+        self.answer_error = oslo_messaging.MessagingTimeout()
+        for state in task_states.IMAGE_UPLOADING, None:
+            self.instance.task_state = state
+            self.assertEqual(('yes', 'yes', 'yes'),
+                             self.asked(self.new_host()))
+            # It is not ours to change.
+            self.assertEqual(state, self.instance.task_state)
+        self.assertEqual([], self.written)
+        self.instance.task_state = task_states.RESCUING
+        self.assertEqual(('later', 'later', 'later'),
+                         self.asked(self.new_host()))
+
+    def test_nothing_is_begun_on_a_server_meanwhile(self) -> None:
+        # Nova's API begins where there is no task state.
+        self.in_state(None)
+        for context in (self.new_host().may_start(),
+                        self.new_host().may_resume(),
+                        self.new_host().undisturbed()):
+            with context:
+                self.assertEqual(task_states.IMAGE_SNAPSHOT, self.stored)
+            self.assertIsNone(self.stored)
+
+    def test_what_was_begun_a_moment_ago_is_waited_for(self) -> None:
+        def begin() -> objects.Instance:
+            self.stored = task_states.RESCUING
+            return self.instance.obj_clone()
+        self.instance.task_state = None
+        self.patch_name('nova.objects.Instance.get_by_uuid',
+                        lambda kind, context, uuid: begin())
+        self.assertEqual(('later', 'later', 'later'),
+                         self.asked(self.new_host()))
+        self.assertEqual(([], task_states.RESCUING),
+                         (self.written, self.stored))
+
+    def test_state_of_a_snapshot_or_of_its_deletion_stays(self) -> None:
+        for state in task_states.IMAGE_UPLOADING, task_states.DELETING:
+            self.in_state(state)
+            self.asked(self.new_host())
+            self.assertEqual(([], state), (self.written, self.stored))
+
+    def test_deletion_that_is_begun_meanwhile_stays(self) -> None:
+        self.in_state(None)
+        with self.new_host().undisturbed():
+            self.stored = task_states.DELETING
+        self.assertEqual(task_states.DELETING, self.stored)
+        self.assertNotIn('task state stays', self.output.output)
+
+    def test_state_that_can_not_be_taken_back_is_said(self) -> None:
+        self.in_state(None)
+        with self.new_host().may_start():
+            self.write_error = oslo_messaging.MessagingTimeout()
+        self.assertIn('Its task state stays image_snapshot',
+                      self.output.output)
+
+    def test_guest_is_started_where_no_state_can_be_written(self) -> None:
+        self.in_state(None)
+        self.write_error = oslo_messaging.MessagingTimeout()
+        with self.new_host().may_start() as allowed:
+            self.assertTrue(allowed)
+            # It may have been written all the same.
+            self.write_error = None
+        self.assertEqual([None], self.written)
+
+    def test_guest_is_undisturbed_while_nova_is_locked_out(self) -> None:
+        host = self.new_host()
         with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
             self.assertRaises(exception.UndoFailed,
                               host.undisturbed().__enter__)
@@ -992,12 +1225,10 @@ class TestNovaHost(DriverTestCase):
                 lockutils.AcquireLockFailedException,
                 lockutils.lock(fakes.UUID, lock_file_prefix='nova-',
                                blocking=False).__enter__)
-        with driver.NovaHost(self.driver, None).undisturbed():
-            pass
 
     def test_lock_that_the_caller_has_is_not_waited_for(self) -> None:
-        self.patch_name('nova_snapshot_ext.driver._LOCK_TIMEOUT_S', 0.0)
-        host = driver.NovaHost(self.driver, self.instance, locked=True)
+        self.in_state(task_states.SHELVING)
+        host = self.new_host(task_states.SHELVING, stopped=True)
         with lockutils.lock(fakes.UUID, lock_file_prefix='nova-'):
             with host.undisturbed(), host.may_start() as may_start:
                 # Whoever has it does with the guest what it wants.
@@ -1016,18 +1247,13 @@ class TestNovaHost(DriverTestCase):
 
     def test_guest_that_was_paused_since_may_be_started_not_resumed(
             self) -> None:
-        self.driver.cpu_api = type('API', (), {
-            'power_up_for_instance': lambda api, instance: None})()
-        self.patch_name('nova.objects.Instance.get_by_uuid',
-                        lambda kind, context, uuid: self.instance)
-        host = driver.NovaHost(self.driver, self.instance)
+        host = self.new_host()
         for vm_state, task_state, may_resume in (
                 (vm_states.ACTIVE, None, True),
                 (vm_states.PAUSED, None, False),
                 (vm_states.ACTIVE, task_states.PAUSING, False),
                 (vm_states.ACTIVE, task_states.UNPAUSING, True)):
-            self.instance.vm_state = vm_state
-            self.instance.task_state = task_state
+            self.in_state(task_state, vm_state=vm_state)
             with host.may_start() as allowed:
                 self.assertTrue(allowed)
             with host.may_resume() as allowed:

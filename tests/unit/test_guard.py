@@ -115,6 +115,47 @@ class TestStandGuard(GuardTestCase):
         self.stand()
         self.assertEqual(['failing', 'failing', 'last'], journal)
 
+    def late(self, *outcomes: Exception | None) -> list[float]:
+        """Have an undo be late, and give up after an hour.
+
+        :returns: when it was run
+        """
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        self.patch_name('nova_snapshot_ext.guard._RETRY_S', 1.0)
+        ran: list[float] = []
+        left = list(outcomes)
+
+        def run(pending: undo.Pending, around: undo.Surroundings) -> None:
+            ran.append(self.now)
+            outcome = left.pop(0) if len(left) > 1 else left[0]
+            if outcome is not None:
+                raise outcome
+
+        def wait(*arguments: object) -> tuple[list[object], ...]:
+            self.now += 0.25
+            return ([self.now] if self.now > 3600 else [], [], [])
+        self.patch_name('nova_snapshot_ext.undo.Pending.run', run)
+        self.patch_name('select.select', wait)
+        self.log.push(demo_guard_step, -1.0, what='thaw')
+        self.stand()
+        os.close(pipes.pop())
+        return ran
+
+    def test_agent_that_is_dead_is_asked_less_and_less_and_then_no_more(
+            self) -> None:
+        ran = self.late(exception.UndoFailed('no agent'))
+        gaps = [after - before for before, after in zip(ran, ran[1:])]
+        self.assertEqual(sorted(gaps), gaps)
+        self.assertEqual((1.0, 60.0), (gaps[0], gaps[-1]))
+        self.assertLess(len(ran), 25)
+        self.assertTrue(600 <= ran[-1] <= 661, ran)
+        self.assertIn('is left to its owner', self.output.output)
+
+    def test_late_undo_is_run_once(self) -> None:
+        self.assertEqual(2, len(self.late(
+            exception.UndoFailed('no agent'), None)))
+
     def test_log_that_is_gone_is_waited_out(self) -> None:
         self.open_pipe()
         self.log.unwind()
@@ -214,6 +255,15 @@ class TestGuardHost(base.TestCase):
         self.now = 621.0
         self.assertRaisesRegex(exception.UndoFailed, 'for Nova to say',
                                self.host_.may_start)
+
+    def test_disk_is_written_to_soon_after_it_could_be(self) -> None:
+        self.now = 500.0
+        for self.now in 500.0, 619.0:
+            with self.host_.undisturbed():
+                pass
+        self.now = 621.0
+        self.assertRaisesRegex(exception.UndoFailed, 'for Nova to say',
+                               self.host_.undisturbed)
 
     def test_guest_that_is_up_is_resumed_at_any_time(self) -> None:
         with self.host_.may_start():

@@ -78,9 +78,21 @@ class TestBrokenConnection(base.TestCase):
     def test_door_looks_it_up_in_its_own_way(self) -> None:
         self.guest = guests.Guest(
             self.domain, fakes.URI, find=lambda: self.anew)
-        self.break_off('createWithFlags')
-        self.guest.start()
-        self.assertEqual(['createWithFlags'] * 2, self.journal)
+        self.break_off('resume')
+        self.guest.resume()
+        self.assertEqual(['resume'] * 2, self.journal)
+
+    def test_what_may_go_on_all_the_same_is_not_repeated(self) -> None:
+        for name, call in (('managedSave', self.guest.save_memory),
+                           ('createWithFlags', self.guest.start)):
+            self.journal.clear()
+            self.break_off(name)
+            error = self.assertRaises(guests.LibvirtError, call)
+            self.assertTrue(error.of_connection)
+            self.assertEqual([name], self.journal)
+        # The next call has a connection again.
+        self.break_off('state')
+        self.assertEqual(guests.State.RUNNING, self.guest.state())
 
     def test_monitor_is_asked_by_the_new_connection(self) -> None:
         asked = []

@@ -12,6 +12,7 @@
 
 import fcntl
 import os
+import threading
 
 import fixtures
 
@@ -24,6 +25,10 @@ SNAPSHOT = in_flight.Snapshot(
 
 
 class TestRecord(base.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('threading.Timer.start', lambda timer: None)
 
     def begin(self) -> in_flight.Record:
         record = in_flight.Record.begin(self.state, SNAPSHOT)
@@ -42,13 +47,55 @@ class TestRecord(base.TestCase):
             self.assertEqual([record.path], in_flight.left_in(self.state))
         self.assertEqual([], in_flight.left_in(self.state))
 
-    def test_it_is_gone_after_an_error_that_nova_sees_to(self) -> None:
-        try:
-            with self.begin():
-                raise exception.FreezeFailed('no')
-        except exception.FreezeFailed:
-            pass
+    def fail(self) -> in_flight.Record:
+        record = self.begin()
+        record.announce(7)
+        error = exception.FreezeFailed('no socket')
+        record.__exit__(type(error), error, None)
+        return record
+
+    def test_it_stays_until_nova_has_deleted_the_image(self) -> None:
+        timers: list[threading.Timer] = []
+        self.patch_name('threading.Timer.start',
+                        lambda timer: timers.append(timer))
+        record = self.fail()
+        # It is this process's meanwhile.
+        self.assertRaises(exception.GuestBusy, in_flight.Record.adopt,
+                          record.path)
+        [timer] = timers
+        self.assertLessEqual(60, timer.interval)
+        # The process need not wait for it.
+        self.assertTrue(timer.daemon)
+        timer.function()
         self.assertEqual([], os.listdir(self.state))
+
+    def test_process_that_dies_before_leaves_it_to_the_next(self) -> None:
+        record = self.fail()
+        record.close()
+        adopted = in_flight.Record.adopt(record.path)
+        assert adopted is not None
+        self.addCleanup(adopted.close)
+        self.assertEqual(([7], 'no socket'),
+                         (adopted.announced, adopted.failure))
+
+    def test_same_image_may_be_tried_once_more(self) -> None:
+        failed = self.fail()
+        again = self.begin()
+        failed.forget()
+        self.assertTrue(os.path.exists(again.path))
+
+    def test_it_stays_where_there_is_no_room_for_the_reason(self) -> None:
+        def full(*arguments: object) -> None:
+            raise OSError('No space left on device')
+        record = self.begin()
+        with fixtures.MonkeyPatch('nova_snapshot_ext.undo.append', full):
+            error = exception.FreezeFailed('no socket')
+            record.__exit__(type(error), error, None)
+        record.close()
+        adopted = in_flight.Record.adopt(record.path)
+        assert adopted is not None
+        self.addCleanup(adopted.close)
+        self.assertIsNone(adopted.failure)
 
     def test_snapshot_does_not_fail_because_it_stays(self) -> None:
         def refuse(path: str) -> None:

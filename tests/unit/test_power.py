@@ -13,8 +13,12 @@
 
 """A guest that is stopped comes back, whoever dies and when."""
 
+import threading
+import typing
+
 import libvirt
 
+from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import power
@@ -112,6 +116,18 @@ class TestUndo(base.TestCase):
         self.patch_name('time.sleep', tick)
         power.start_guest(self.orphaned)
         self.assertEqual([], self.journal)
+
+    def test_save_that_ended_with_libvirtd_leaves_nothing(self) -> None:
+        # Its next cancels it, and lets the guest run on.
+        self.domain.managed_save = True
+
+        def tick(seconds: float) -> None:
+            self.now += 10.0
+        self.patch_name('time.sleep', tick)
+        power.start_guest(self.around)
+        self.assertEqual([], self.journal)
+        power.start_guest(self.orphaned)
+        self.assertEqual(['managedSaveRemove'], self.journal)
 
     def test_save_without_end_is_tried_again_later(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
@@ -263,6 +279,135 @@ class TestLetRun(base.TestCase):
         self.assertRaises(exception.SnapshotError, self.let_run)
 
 
+BROKEN = fakes.libvirt_error(
+    libvirt.VIR_ERR_SYSTEM_ERROR, 'end of file', libvirt.VIR_FROM_RPC)
+
+
+class TestBrokenConnection(base.TestCase):
+    """A save, or a start, goes on whose connection broke."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log = self.new_log()
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        self.patch_name('libvirt.open',
+                        lambda uri: self.domain.connection)
+
+    def go(self) -> None:
+        with self.log.scope():
+            power.Stopped(self.guest, self.request(), self.log,
+                          frozen.Pause()).start()
+
+    def test_guest_is_started_when_its_save_ends(self) -> None:
+        def broken() -> None:
+            # libvirtd goes on with it, and then lets the next one wait.
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+            raise BROKEN
+        self.domain.before['managedSave'] = broken
+
+        def sleep(seconds: float) -> None:
+            self.now += 1
+            if self.now == 3:
+                self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+                del self.domain.before['managedSave']
+                self.guest.save_memory()
+        self.patch_name('time.sleep', sleep)
+        self.assertRaises(exception.SnapshotError, self.go)
+        # Not repeated: the second is that of sleep().
+        self.assertEqual(
+            ['managedSave', 'managedSave', 'createWithFlags'],
+            self.journal.of('managedSave', 'create'))
+        self.assertEqual(0, self.log.pending)
+
+    def test_save_that_is_refused_is_not_waited_for(self) -> None:
+        self.patch_name('time.sleep', lambda seconds: 1 / 0)
+        self.domain.errors['managedSave'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED)
+        self.assertRaises(exception.SnapshotError, self.go)
+        self.assertEqual([], self.journal.of('create'))
+        self.assertEqual(0, self.log.pending)
+
+    def test_start_is_not_taken_for_done_that_may_yet_fail(self) -> None:
+        def broken() -> None:
+            # libvirtd is killed, and its next ends what was being started.
+            del self.domain.before['createWithFlags']
+            self.domain.current_state = [
+                libvirt.VIR_DOMAIN_PAUSED,
+                libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+            raise BROKEN
+        self.domain.before['createWithFlags'] = broken
+
+        def sleep(seconds: float) -> None:
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+            self.domain.off()
+        self.patch_name('time.sleep', sleep)
+        self.assertRaises(exception.SnapshotError, self.go)
+        self.assertEqual(['createWithFlags'] * 2, self.journal.of('create'))
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING,
+                         self.domain.current_state[0])
+        self.assertEqual(0, self.log.pending)
+
+
+class TestSaveInTime(base.TestCase):
+    """A guest stands still while it is saved."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('nova_snapshot_ext.power._END_SAVE_POLL_S', 0.001)
+        self.log = self.new_log()
+        self.ended = threading.Event()
+        self.domain.before['managedSave'] = self.saving
+        self.domain.before['abortJob'] = self.end
+
+    def saving(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        if self.ended.wait(30):
+            raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_ABORTED,
+                                      'canceled by client')
+
+    def end(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+        self.ended.set()
+
+    def stop(self, **changes: typing.Any) -> None:
+        with self.log.scope():
+            power.Stopped(self.guest, self.request(**changes), self.log,
+                          frozen.Pause())
+
+    def test_save_has_its_limit(self) -> None:
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'save_timeout = 0 seconds', self.stop,
+            save_timeout=0)
+        self.assertEqual(['managedSave', 'abortJob'],
+                         self.journal.of('managedSave', 'abort', 'create'))
+        self.assertEqual(0, self.log.pending)
+
+    def test_save_ends_with_the_snapshot(self) -> None:
+        cancellation = cancellations.Cancellation()
+        cancellation.cancel(exception.GuestGone('It is being deleted'))
+        self.assertRaisesRegex(
+            exception.GuestGone, 'being deleted', self.stop,
+            cancellation=cancellation)
+        self.assertEqual(1, len(self.journal.of('abortJob')))
+
+    def test_job_of_another_is_left_alone(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        for operation in (libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP,
+                          libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT):
+            self.domain.job_operation = operation
+            self.guest.end_save()
+        self.assertEqual([], self.journal)
+
+    def test_save_that_has_just_ended_is_no_error(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.before['abortJob'] = lambda: None
+        self.domain.errors['abortJob'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_INVALID)
+        self.guest.end_save()
+
+
 class TestStartAfter(base.TestCase):
     """A guest that is started for something to begin before it runs."""
 
@@ -275,8 +420,8 @@ class TestStartAfter(base.TestCase):
 
     def go(self) -> None:
         with self.log.scope():
-            power.Stopped(self.guest, self.log, self.pause).start_after(
-                self.begin)
+            power.Stopped(self.guest, self.request(), self.log,
+                          self.pause).start_after(self.begin)
 
     def begin(self) -> None:
         self.journal.append('begin')
@@ -349,6 +494,27 @@ class TestStartAfter(base.TestCase):
         self.domain.managedSave = taken  # type: ignore[method-assign]
         self.assertRaises(exception.FreezeFailed, self.go)
         self.assertEqual([], self.journal.of('create', 'begin'))
+
+    def test_start_whose_connection_broke_is_waited_for(self) -> None:
+        def broken() -> None:
+            self.domain.current_state = [
+                libvirt.VIR_DOMAIN_PAUSED,
+                libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+            raise BROKEN
+        self.domain.before['createWithFlags'] = broken
+        self.domain.job_operation = libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE
+        self.patch_name('libvirt.open',
+                        lambda uri: self.domain.connection)
+
+        def sleep(seconds: float) -> None:
+            self.journal.append('wait')
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+        self.patch_name('time.sleep', sleep)
+        self.assertRaises(exception.SnapshotError, self.go)
+        self.assertEqual(['wait', 'resume'],
+                         self.journal.of('wait', 'resume'))
+        self.assertEqual(0, self.log.pending)
 
     def test_save_is_kept_when_the_start_fails(self) -> None:
         self.domain.errors['createWithFlags'] = fakes.libvirt_error(

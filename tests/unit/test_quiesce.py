@@ -250,6 +250,18 @@ class TestQuiesced(base.TestCase):
 
 class TestThaw(base.TestCase):
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.devices = CONNECTED
+
+    def test_agent_that_has_ended_is_not_asked(self) -> None:
+        self.domain.devices = ''
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'agent of instance-00000001 has ended',
+            quiesce.thaw, undo.Surroundings(self.guest, self.host),
+            timeout_s=7)
+        self.assertEqual([], self.journal)
+
     def test_twice_does_no_harm(self) -> None:
         around = undo.Surroundings(self.guest, self.host)
         quiesce.thaw(around, timeout_s=7)

@@ -16,6 +16,7 @@ import os
 import threading
 import typing
 
+import fixtures
 from nova.compute import task_states
 from nova import context as nova_context
 from nova import exception as nova_exception
@@ -86,12 +87,17 @@ class ReconcileTestCase(base.TestCase):
             raise answer
         return answer
 
-    def leave(self, task_state: str | None = None,
-              *lengths: int) -> in_flight.Record:
+    def leave(self, task_state: str | None = None, *lengths: int,
+              failure: str | None = None) -> in_flight.Record:
         record = in_flight.Record.begin(self.state, in_flight.Snapshot(
             'image-1', fakes.UUID, 'project', 'user', 'req-1', task_state))
         for length in lengths:
             record.announce(length)
+        if failure is not None:
+            error = exception.SnapshotError(failure)
+            with fixtures.MonkeyPatch('threading.Timer.start',
+                                      lambda timer: None):
+                record.__exit__(type(error), error, None)
         record.close()
         return record
 
@@ -201,21 +207,33 @@ class TestImage(ReconcileTestCase):
         self.assertIn('is gone, or is not shown to [service_user]',
                       self.output.output)
 
-    def test_image_that_is_being_stored_is_waited_for_a_while(self) -> None:
-        self.config(answer_timeout=1, group='snapshot_ext')
-        self.answers = [exception.ImageServiceError('saving')] * 9 + ['done']
-        self.leave()
-        self.after_death()
-        self.assertEqual([True] * 6 + [False] * 4,
-                         [patient for *_, patient in self.settled])
-
     def test_store_may_take_as_long_as_for_a_living_one(self) -> None:
-        self.config(answer_timeout=1000, group='snapshot_ext')
-        self.answers = [exception.ImageServiceError('saving')] * 9 + ['done']
-        self.leave()
-        self.after_death()
-        patient = [patient for *_, patient in self.settled]
-        self.assertGreater(patient.count(True), 6)
+        for seconds, patient in (100, 5), (1000, 8):
+            self.config(answer_timeout=seconds, group='snapshot_ext')
+            self.answers = [exception.ImageServiceError('saving')] * 9 + [
+                'done']
+            self.now = 0.0
+            self.settled.clear()
+            self.leave()
+            self.after_death()
+            self.assertEqual(
+                [True] * patient + [False] * (10 - patient),
+                [patient for *_, patient in self.settled])
+
+    def test_image_that_nova_did_not_live_to_delete_is_deleted(self) -> None:
+        self.leave('image_snapshot', failure='no socket')
+        self.after_death(self.instance)
+        why = 'no socket; then nova-compute died'
+        self.assertEqual([why, f'{why}; image-1 is deleted'], self.told)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_image_that_nova_deleted_is_not_asked_for_again(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        self.leave('image_snapshot', failure='no socket')
+        self.after_death(self.instance)
+        self.assertEqual(1, len(self.settled))
+        self.assertEqual([], os.listdir(self.state))
+        self.assertNotIn('tried again', self.output.output)
 
     def test_one_that_can_not_be_settled_keeps_no_other(self) -> None:
         self.answers = [exception.ImageRefused('403'), 'one', 'other']

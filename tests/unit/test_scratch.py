@@ -41,9 +41,15 @@ class ScratchTestCase(base.TestCase):
         self.room: int | None = 1024 * MIB
         self.reserved = 0
         self.calls = 0
+        #: what the file system says of room that is there
+        self.broken = 0
         self.patch_name('nova_snapshot_ext.scratch._allocate', self.allocate)
 
     def allocate(self, descriptor: int, offset: int, length: int) -> None:
+        if length == 1:
+            if self.broken:
+                raise OSError(self.broken, '')
+            return
         self.calls += 1
         if self.room is None:
             raise OSError(errno.EOPNOTSUPP, '')
@@ -136,6 +142,20 @@ class TestReserve(ScratchTestCase):
         error = self.assertRaises(OSError, files.reserve_ahead)
         self.assertIn('No space left on device', error.strerror)
 
+    def test_file_system_that_takes_no_writes_is_found_without_any(
+            self) -> None:
+        files = self.files()
+        for self.broken in errno.EROFS, errno.EIO:
+            error = self.assertRaises(OSError, files.reserve_ahead)
+            self.assertIn(f'{self.staging}/vda can not be written to any '
+                          f'more', error.strerror)
+
+    def test_file_system_without_room_takes_what_is_reserved(self) -> None:
+        files = self.files()
+        for self.broken in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP,
+                            errno.EINTR):
+            files.reserve_ahead()
+
     def test_files_are_closed_at_the_end(self) -> None:
         before = os.listdir('/proc/self/fd')
         with scratch.made(self.staging, {'vda': CAPACITY}):
@@ -183,6 +203,12 @@ class TestWatch(ScratchTestCase):
         self.assertFalse(self.watch.look())
         self.assertEqual(['abortJob'], self.journal)
         self.assertIn('Disk quota exceeded', self.watch.why_lost() or '')
+
+    def test_job_is_ended_when_the_scratch_is_read_only(self) -> None:
+        self.broken = errno.EROFS
+        self.assertFalse(self.watch.look())
+        self.assertEqual(['abortJob'], self.journal)
+        self.assertIn('Read-only file system', self.watch.why_lost() or '')
 
     def test_guest_that_was_paused_by_it_is_resumed_without_the_job(
             self) -> None:

@@ -627,8 +627,9 @@ class TestPlan(SnapshotTestCase):
     def plan(self, exact: bool = False, transfer_names: tuple[
             str, ...] = ('demo',), **changes: object) -> snapshot.Plan:
         planned = snapshot.plan(
-            self.guest, selection.Wish(('one', 'two'), 'a test', exact),
-            transfer_names, self.request(**changes))
+            self.guest, self.host,
+            selection.Wish(('one', 'two'), 'a test', exact), transfer_names,
+            self.request(**changes))
         self.assertEqual([], self.journal, 'the guest was touched')
         return planned
 
@@ -647,6 +648,26 @@ class TestPlan(SnapshotTestCase):
         with self.new_log():
             self.assertRaises(exception.GuestBusy, self.plan)
         self.assertRaises(exception.NoFlowServes, self.plan)
+
+    def test_what_a_dead_process_left_is_undone_before_obstacles_are_asked(
+            self) -> None:
+        log = self.new_log()
+        log.push(demo_release, what='left over')
+        log.close()
+        self.patch_name(
+            'tests.unit.test_snapshot.DemoFlow.obstacle',
+            lambda flow, *arguments: journal.append('obstacle'))
+        self.plan()
+        self.assertEqual(
+            ['undo left over', 'obstacle', 'obstacle'], journal)
+        self.assertFalse(os.path.exists(log.path))
+
+    def test_what_can_not_be_undone_is_the_error(self) -> None:
+        log = self.new_log()
+        log.push(demo_release, what='left over')
+        log.close()
+        stuck.add('left over')
+        self.assertRaises(exception.UndoFailed, self.plan)
 
     def test_staging_directory_must_exist(self) -> None:
         self.assertRaisesRegex(

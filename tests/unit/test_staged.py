@@ -76,10 +76,31 @@ class TestStaged(base.TestCase):
             json.loads(command[-2].removeprefix('json:')))
 
     def test_program_has_its_limits(self) -> None:
-        self.convert(convert_timeout=7)
-        [(limits, timeout)] = self.limits
-        self.assertEqual(7, timeout)
-        self.assertIsNotNone(limits)
+        self.convert(convert_timeout=7, read_timeout=8)
+        self.assertEqual([8, 7], [timeout for _, timeout in self.limits])
+        self.assertNotIn(None, [limits for limits, _ in self.limits])
+
+    def test_export_of_another_size_is_no_image_of_the_disk(self) -> None:
+        for size in (4096 - 512, 4096 + 512, 0):
+            self.qemu_img.size = size
+            self.assertRaisesRegex(
+                exception.TransferFailed,
+                f'vda has {size} bytes, and the disk 4096', self.convert)
+        self.assertEqual([], self.journal.of('qemu-img convert'))
+        # QEMU counts sectors.
+        self.qemu_img.size = 4096 + 511
+        self.convert()
+
+    def test_size_that_is_not_known_is_not_compared(self) -> None:
+        self.qemu_img.size = 12345
+        self.disk = frozen.FrozenDisk('vda', 0, '/run/a,b', 'vda')
+        self.convert()
+
+    def test_export_that_can_not_be_read_is_an_error(self) -> None:
+        self.qemu_img.fails.add('info')
+        self.assertRaisesRegex(
+            exception.TransferFailed, 'vda can not be read', self.convert)
+        self.assertEqual([], os.listdir(self.staging))
 
     def test_bandwidth_is_limited_if_that_is_asked_for(self) -> None:
         self.assertNotIn('-r', self.convert())
@@ -157,7 +178,9 @@ class TestStaged(base.TestCase):
         real = self.qemu_img.run
 
         def run(*arguments: str) -> str:
-            modes.append(os.stat(os.path.dirname(arguments[-1])).st_mode)
+            if arguments[0] == 'convert':
+                directory = os.path.dirname(arguments[-1])
+                modes.append(os.stat(directory).st_mode)
             return real(*arguments)
         self.qemu_img.run = run  # type: ignore[method-assign]
         self.convert()

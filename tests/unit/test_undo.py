@@ -10,13 +10,14 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
+import typing
 
 import fixtures
+import libvirt
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
@@ -265,32 +266,6 @@ class TestLock(UndoTestCase):
                 exception.GuestBusy, 'instance-00000001 is in flight',
                 undo.finish_left_over, self.state, self.guest, self.host)
 
-    def test_snapshot_in_flight_is_told_of(self) -> None:
-        with self.new_log() as log:
-            log.push(demo_undo, what='a')
-            self.assertRaisesRegex(
-                exception.GuestBusy, 'instance-00000001 is in flight',
-                undo.check_idle, self.state, self.guest)
-            self.assertEqual(1, len(undo.read(self.path).pending))
-        undo.check_idle(self.state, self.guest)
-        self.assertFalse(os.path.exists(self.path))
-
-    def test_what_a_dead_process_left_is_not_in_flight(self) -> None:
-        log = self.new_log()
-        log.push(demo_undo, what='a')
-        log.close()
-        written = self.written()
-        undo.check_idle(self.state, self.guest)
-        self.assertEqual(written, self.written())
-        self.assertEqual(1, self.adopt().pending)
-
-    def test_who_only_looks_is_in_nobodys_way_who_does_so_too(self) -> None:
-        self.new_log().close()
-        self.write(b'')
-        with open(self.path, 'rb') as other:
-            fcntl.flock(other, fcntl.LOCK_SH)
-            undo.check_idle(self.state, self.guest)
-
     def test_dead_owners_unfinished_log_is_kept(self) -> None:
         log = self.new_log()
         log.push(demo_undo, what='a')
@@ -373,6 +348,21 @@ class TestAdopt(UndoTestCase):
             self.path, lambda *which: asked.append(which), self.host).close()
         self.assertEqual([(fakes.URI, fakes.UUID)], asked)
 
+    def test_rights_may_depend_on_the_guest(self) -> None:
+        self.leave()
+        for guest in None, self.guest:
+            log = undo.UndoLog.adopt(
+                self.path, lambda *which: guest, lambda found: (
+                    self.assertIs(guest, found), self.host)[1])
+            self.assertIs(self.host, log.surroundings.host)
+            log.close()
+
+    def test_what_it_will_undo_can_be_told(self) -> None:
+        self.leave()
+        self.assertEqual(
+            ('demo_guest_undo {}', 'demo_undo {"what": "a"}'),
+            self.adopt().steps)
+
     def test_guest_that_is_gone_needs_no_undo(self) -> None:
         self.leave()
         undo.UndoLog.adopt(
@@ -452,6 +442,81 @@ class TestAdopt(UndoTestCase):
                 undo.read(self.path)
             except ValueError:
                 pass
+
+
+class TestLockedFile(UndoTestCase):
+    """What has the lock is what is read and written."""
+
+    def test_log_with_another_name_is_left_alone(self) -> None:
+        # As the directory's owner could make one of a file of root's.
+        other = self.new_file('shadow', b'root\n')
+        os.link(other, self.path)
+        for use in self.new_log, self.adopt:
+            self.assertRaisesRegex(
+                exception.NotOurs, 'other names', use)
+        os.unlink(self.path)
+        self.assertEqual('root\n', open(other).read())
+        self.new_log()
+
+    def test_what_is_no_file_is_left_alone(self) -> None:
+        os.mkfifo(self.path)
+        self.assertRaisesRegex(
+            exception.NotOurs, 'not a file', self.new_log)
+        os.unlink(self.path)
+        self.new_log()
+
+    def replace_when_locked(self, content: bytes) -> None:
+        """Put another file in the place of the log that is locked next."""
+        real = undo.open_locked
+
+        def open_locked(*arguments: typing.Any) -> int:
+            descriptor = real(*arguments)
+            other = self.new_file('other', content)
+            os.rename(other, self.path)
+            return descriptor
+        self.patch_name('nova_snapshot_ext.undo.open_locked', open_locked)
+
+    def test_log_that_was_locked_is_what_is_adopted(self) -> None:
+        log = self.new_log()
+        log.push(demo_undo, what='a')
+        log.close()
+        self.replace_when_locked(
+            self.written().replace(b'"a"', b'"b"'))
+        self.adopt().unwind()
+        self.assertEqual(['undo a'], journal)
+
+    def test_log_that_was_locked_is_what_must_be_finished(self) -> None:
+        log = self.new_log()
+        log.push(demo_undo, what='a')
+        log.close()
+        self.replace_when_locked(b'')
+        self.assertRaises(exception.GuestBusy, self.new_log)
+
+
+class TestCalling(UndoTestCase):
+    """A call whose connection breaks may go on without us."""
+
+    def call(self, error: Exception) -> bool:
+        log = self.new_log()
+        try:
+            with log.calling():
+                raise error
+        except type(error):
+            pass
+        log.close()
+        return log.surroundings.owner_died
+
+    def test_way_back_looks_how_it_ends(self) -> None:
+        for domain in libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE:
+            self.assertTrue(self.call(guests.LibvirtError(
+                'Managed save', fakes.libvirt_error(
+                    libvirt.VIR_ERR_SYSTEM_ERROR, domain=domain))))
+
+    def test_call_that_was_refused_has_ended(self) -> None:
+        self.assertFalse(self.call(guests.LibvirtError(
+            'Managed save', fakes.libvirt_error(
+                libvirt.VIR_ERR_OPERATION_FAILED))))
+        self.assertFalse(self.call(exception.GuestGone('gone')))
 
 
 class TestRead(UndoTestCase):
