@@ -141,7 +141,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = open_locked(path, os.O_CREAT, guest.name)
         try:
-            _give_to_owner_of(directory, descriptor)
+            give_to_owner_of(directory, descriptor)
             try:
                 left = read(path).pending
             except ValueError as error:
@@ -480,7 +480,7 @@ def finish_left_over(directory: str, guest: guests.Guest,
     log.unwind()
 
 
-def _give_to_owner_of(directory: str, descriptor: int) -> None:
+def give_to_owner_of(directory: str, descriptor: int) -> None:
     """Let root make no log that the directory's owner could not finish."""
     owner = os.stat(directory)
     if os.geteuid() == 0 and owner.st_uid != 0:
