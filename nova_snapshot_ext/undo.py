@@ -106,6 +106,13 @@ class Entry:
         """
         self._log._run(self)
 
+    def outlive_scope(self) -> None:
+        """Let the end of its scope leave it alone; that of the log does not.
+
+        For what stays if all that comes after goes well, and is dropped then.
+        """
+        self.scope = None
+
     def drop(self) -> None:
         """Mark it done without running it: nothing is left to undo."""
         self._log._mark_done(self)
