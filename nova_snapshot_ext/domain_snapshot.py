@@ -32,11 +32,14 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
+from nova_snapshot_ext import processes
 from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
 _POLL_S = 0.1
+# A call of a dead owner has reached libvirt by then.
+_REACHED_S = 1.0
 
 
 def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
@@ -216,13 +219,13 @@ def let_taking_end(around: undo.Surroundings, guest: guests.Guest,
     that the guest goes on after it.
     """
     if around.owner_died:
-        wait_for_call(
+        _wait_for_call(
             guest, lambda: guest.domain_snapshot(name) is not None)
     if guest.is_paused_by_snapshot():
         guest.resume()
 
 
-def wait_for_call(guest: guests.Guest,
+def _wait_for_call(guest: guests.Guest,
                   is_over: collections.abc.Callable[[], bool]) -> None:
     """Wait for a call of libvirt that a dead owner may have left under way.
 
@@ -265,6 +268,62 @@ def forget_domain_snapshot(around: undo.Surroundings, name: str) -> None:
     if not power.is_gone(around):
         assert around.guest is not None
         around.guest.forget_domain_snapshot(name)
+
+
+@undo.step
+def come_back(around: undo.Surroundings, target: str, safety: str,
+              paths: list[str], life: str | None, uuid: str,
+              state_directory: str) -> None:
+    """Bring a guest back that did not get where it was to go.
+
+    One that got there, with its memory, and whose owner died before it could
+    say so, stays there.
+
+    :param target: the snapshot that it was to go back to
+    :param safety: the one that holds what it was
+    :param paths: of the disks that are in both
+    :param life: the guest's before, None if it was off
+    """
+    for name in (target, safety):
+        internal_snapshot.check_name(name)
+    if power.is_gone(around):
+        return
+    guest = around.guest
+    assert guest is not None
+    if around.owner_died:
+        _let_call_end(guest, target, life)
+        processes.end(target, 'qemu-img')
+    if power.running_guest(around) is not None:
+        current = guest.current_domain_snapshot()
+        if around.owner_died and current == target:
+            if guest.is_paused_by_snapshot():
+                guest.resume()
+            domain_records.Records(state_directory, uuid).set_current(target)
+            return
+        if (around.owner_died or guest.life() == life or current == safety
+                or guest.domain_snapshot(target) is None):
+            return      # it was not taken down, is back, or is another's
+        guest.destroy()
+    if not around.rebooted and guest.domain_snapshot(safety) is not None:
+        with around.host.may_start() as allowed:
+            if allowed:
+                guest.revert_to(safety)
+                return
+    with around.host.undisturbed():
+        if power.running_guest(around) is None:
+            for path in paths:
+                internal_snapshot.apply_again(around, path, safety)
+
+
+def _let_call_end(guest: guests.Guest, target: str,
+                  life: str | None) -> None:
+    begun = time.monotonic()
+
+    def is_over() -> bool:
+        if guest.state() is guests.State.SHUTOFF:
+            return time.monotonic() - begun > _REACHED_S
+        return guest.life() != life
+    _wait_for_call(guest, is_over)
 
 
 def delete(guest: guests.Guest, record: domain_records.Record,

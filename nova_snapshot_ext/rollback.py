@@ -38,7 +38,6 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
-from nova_snapshot_ext import processes
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
 
@@ -46,8 +45,6 @@ LOG = logging.getLogger(__name__)
 
 # How long the guest agent may take to open its channel anew.
 _AGENT_S = 3.0
-# A call of a dead owner has reached libvirt by then.
-_REACHED_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +265,7 @@ class _Way:
             uuid=self.guest.uuid, paths=self._paths,
             state_directory=self.records.state_directory)
         return self._log.push(
-            come_back, target=self.record.name, safety=self._safety,
+            domain_snapshot.come_back, target=self.record.name, safety=self._safety,
             paths=self._paths, life=self._life, uuid=self.guest.uuid,
             state_directory=self.records.state_directory)
 
@@ -280,62 +277,6 @@ class _Way:
         self.records.set_current(self.record.name)
         back.drop()
         self.done = True
-
-
-@undo.step
-def come_back(around: undo.Surroundings, target: str, safety: str,
-              paths: list[str], life: str | None, uuid: str,
-              state_directory: str) -> None:
-    """Bring a guest back that did not get where it was to go.
-
-    One that got there, with its memory, and whose owner died before it could
-    say so, stays there.
-
-    :param target: the snapshot that it was to go back to
-    :param safety: the one that holds what it was
-    :param paths: of the disks that are in both
-    :param life: the guest's before, None if it was off
-    """
-    for name in (target, safety):
-        internal_snapshot.check_name(name)
-    if power.is_gone(around):
-        return
-    guest = around.guest
-    assert guest is not None
-    if around.owner_died:
-        _let_call_end(guest, target, life)
-        processes.end(target, 'qemu-img')
-    if power.running_guest(around) is not None:
-        current = guest.current_domain_snapshot()
-        if around.owner_died and current == target:
-            if guest.is_paused_by_snapshot():
-                guest.resume()
-            domain_records.Records(state_directory, uuid).set_current(target)
-            return
-        if (around.owner_died or guest.life() == life or current == safety
-                or guest.domain_snapshot(target) is None):
-            return      # it was not taken down, is back, or is another's
-        guest.destroy()
-    if not around.rebooted and guest.domain_snapshot(safety) is not None:
-        with around.host.may_start() as allowed:
-            if allowed:
-                guest.revert_to(safety)
-                return
-    with around.host.undisturbed():
-        if power.running_guest(around) is None:
-            for path in paths:
-                internal_snapshot.apply_again(around, path, safety)
-
-
-def _let_call_end(guest: guests.Guest, target: str,
-                  life: str | None) -> None:
-    begun = time.monotonic()
-
-    def is_over() -> bool:
-        if guest.state() is guests.State.SHUTOFF:
-            return time.monotonic() - begun > _REACHED_S
-        return guest.life() != life
-    domain_snapshot.wait_for_call(guest, is_over)
 
 
 def _set_clock(guest: guests.Guest, timeout_s: int) -> None:
