@@ -101,8 +101,13 @@ class Records:
 
         :raises SnapshotError: if one can't be understood
         """
-        return sorted((self._read(name) for name in self._names()),
-                      key=lambda record: (record.taken_at, record.name))
+        found = []
+        for name in self._names():
+            # Somebody else may have dropped it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(self._read(name))
+        return sorted(
+            found, key=lambda record: (record.taken_at, record.name))
 
     def find(self, which: str) -> Record | None:
         """The newest one that an image's id, a name or a title stands for."""
@@ -215,7 +220,10 @@ def _make_directory(path: str) -> None:
     """Whoever makes it first, it belongs to whom the state directory does."""
     parent = os.path.dirname(path)
     rights.make_passable(parent)
-    rights.make_owners(path)
+    if os.geteuid() == 0:
+        rights.make_owners(path)
+    else:
+        os.mkdir(path, mode=rights.PASSABLE)
     undo.flush_directory(parent)
 
 
