@@ -290,8 +290,8 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
         return
     guest = around.guest
     assert guest is not None
-    if around.owner_died:
-        _let_call_end(guest, target, life)
+    if around.owner_died and not around.rebooted:
+        _let_call_end(guest, life)
         processes.end(target, 'qemu-img')
     if power.running_guest(around) is not None:
         current = guest.current_domain_snapshot()
@@ -315,8 +315,7 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
                 internal_snapshot.apply_again(around, path, safety)
 
 
-def _let_call_end(guest: guests.Guest, target: str,
-                  life: str | None) -> None:
+def _let_call_end(guest: guests.Guest, life: str | None) -> None:
     begun = time.monotonic()
 
     def is_over() -> bool:

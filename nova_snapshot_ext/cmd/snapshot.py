@@ -63,7 +63,7 @@ exit codes:
   {FAILED}  it failed; the guest is as it was, or its guard sees to that
   {USAGE}  the command line is not valid
   {REFUSED}  refused before the guest was touched: no flow can serve, a value
-     is not allowed, or there is not enough room
+     is not allowed, there is not enough room, or it can not go back
   {NO_DOMAIN}  there is no such domain
   {BUSY}  another snapshot of the domain is in flight
 """
