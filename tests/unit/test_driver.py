@@ -603,6 +603,25 @@ class TestDescription(DriverTestCase):
         self.assertIn('snapshot_flow',
                       self.described(snapshot_flow='cold').removed)
 
+    def test_domain_snapshot_is_described(self) -> None:
+        self.config(max_domain_snapshots=3, max_domain_snapshots_gb=7,
+                    group='snapshot_ext')
+        self.assertIn('snapshot_memory', self.described(
+            snapshot_memory='False').removed)
+        self.assertEqual(
+            requests.DomainSnapshot(
+                memory=False, image_id=uuids.image, title='snap', most=3,
+                most_gb=7), self.taken[-1]['request'].domain)
+
+    def test_memory_is_kept_or_not(self) -> None:
+        self.described()
+        self.assertTrue(self.taken[-1]['request'].domain.memory)
+        self.instance.task_state = 'image_snapshot'
+        error = self.assertRaises(
+            nova_exception.NovaException, self.described,
+            snapshot_memory='perhaps')
+        self.assertIn('must be true or false', str(error))
+
     def test_request_of_the_instances_own_image_stays(self) -> None:
         self.instance.system_metadata = {'image_snapshot_flow': 'cold'}
         self.assertNotIn('snapshot_flow',
