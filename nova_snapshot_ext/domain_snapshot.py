@@ -272,17 +272,18 @@ def forget_domain_snapshot(around: undo.Surroundings, name: str) -> None:
 
 @undo.step
 def come_back(around: undo.Surroundings, target: str, safety: str,
-              paths: list[str], life: str | None, uuid: str,
-              state_directory: str) -> None:
+              paths: list[str], life: str | None, current: str | None,
+              uuid: str, state_directory: str) -> None:
     """Bring a guest back that did not get where it was to go.
 
-    One that got there, with its memory, and whose owner died before it could
-    say so, stays there.
+    One that got there, and whose owner died before it could say so, stays
+    there.
 
     :param target: the snapshot that it was to go back to
     :param safety: the one that holds what it was
     :param paths: of the disks that are in both
     :param life: the guest's before, None if it was off
+    :param current: the snapshot that its state descended from
     """
     for name in (target, safety):
         internal_snapshot.check_name(name)
@@ -290,20 +291,25 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
         return
     guest = around.guest
     assert guest is not None
-    if around.owner_died and not around.rebooted:
-        _let_call_end(guest, life)
+    if around.owner_died:
+        if not around.rebooted:
+            _let_call_end(guest, life)
         processes.end(target, 'qemu-img')
     if power.running_guest(around) is not None:
-        current = guest.current_domain_snapshot()
-        if around.owner_died and current == target:
-            if guest.is_paused_by_snapshot():
-                guest.resume()
-            domain_records.Records(state_directory, uuid).set_current(target)
-            return
-        if (around.owner_died or guest.life() == life or current == safety
-                or guest.domain_snapshot(target) is None):
-            return      # it was not taken down, is back, or is another's
-        guest.destroy()
+        if (guest.life() == life or around.owner_died
+                or guest.domain_snapshot(target) is None
+                or guest.current_domain_snapshot() == safety):
+            return      # it was not taken down, is there, or is back
+        guest.destroy()         # it came up by halves
+    # Whoever finds it up after this leaves it alone.
+    domain_records.Records(state_directory, uuid).set_current(current)
+    _restore(around, guest, safety, paths)
+
+
+def _restore(around: undo.Surroundings, guest: guests.Guest, safety: str,
+             paths: list[str]) -> None:
+    """Have a guest that is off be what it was: with its memory, if that is
+    held and it may be started."""
     if not around.rebooted and guest.domain_snapshot(safety) is not None:
         with around.host.may_start() as allowed:
             if allowed:

@@ -230,25 +230,28 @@ class _Way:
                             domain_snapshot.held_disks(self.guest)),
                         halt=True)
                 self.guest.define_domain_snapshot(self.record.domain_xml)
+                self.records.set_current(name)
                 self.guest.revert_to(name)
-            self._is_there(back)
+            back.drop()
+            self.done = True
 
     def _disks_alone(self) -> None:
-        with self.pause.measured():
-            with self._allowed_to_start():
-                if self._life is not None:
-                    start = self._log.push(
-                        power.start_again, life=self._life,
-                        paused=self.guest.state() is guests.State.PAUSED)
-                    self.guest.destroy()
-                back = self._push_way_back()
-                self._hold_disks()
-                for path in self._paths:
-                    internal_snapshot.apply_named(
-                        path, self.record.name, self._log)
-                self._is_there(back)
+        paused = self.guest.state() is guests.State.PAUSED
+        with self._allowed_to_start(), self.pause.measured():
             if self._life is not None:
-                start.run()
+                self._log.push(
+                    power.start_again, life=self._life, paused=paused)
+                self.guest.destroy()
+            back = self._push_way_back()
+            self._hold_disks()
+            for path in self._paths:
+                internal_snapshot.apply_named(
+                    path, self.record.name, self._log)
+            self.records.set_current(self.record.name)
+            if self._life is not None:
+                self.guest.start(paused)
+            back.drop()
+            self.done = True
 
     @contextlib.contextmanager
     def _allowed_to_start(self) -> collections.abc.Iterator[None]:
@@ -265,18 +268,14 @@ class _Way:
             uuid=self.guest.uuid, paths=self._paths,
             state_directory=self.records.state_directory)
         return self._log.push(
-            domain_snapshot.come_back, target=self.record.name, safety=self._safety,
-            paths=self._paths, life=self._life, uuid=self.guest.uuid,
+            domain_snapshot.come_back, target=self.record.name,
+            safety=self._safety, paths=self._paths, life=self._life,
+            current=self.records.current, uuid=self.guest.uuid,
             state_directory=self.records.state_directory)
 
     def _hold_disks(self) -> None:
         for path in self._paths:
             internal_snapshot.make_named(path, self._safety, self._log)
-
-    def _is_there(self, back: undo.Entry) -> None:
-        self.records.set_current(self.record.name)
-        back.drop()
-        self.done = True
 
 
 def _set_clock(guest: guests.Guest, timeout_s: int) -> None:

@@ -290,12 +290,23 @@ class TestDisks(RollbackTestCase):
         self.revert()
         self.assertEqual(
             ['guarded', 'may_start', 'destroy', 'qemu-img snapshot -c',
-             'qemu-img snapshot -a', 'start lock is free', 'may_start',
-             'createWithFlags', 'start lock is free', 'delete by monitor'],
+             'qemu-img snapshot -a', 'createWithFlags',
+             'start lock is free', 'delete by monitor'],
             self.steps())
         self.assertEqual([TARGET], self.qemu_img.applied)
         self.assertEqual([TARGET], self.qemu_img.snapshots)
         self.assertEqual(TARGET, self.records.current)
+
+    def test_guest_that_can_not_be_started_is_what_it_was(self) -> None:
+        def fail() -> None:
+            del self.domain.before['createWithFlags']
+            raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_FAILED)
+        self.domain.before['createWithFlags'] = fail
+        self.assertRaises(exception.SnapshotError, self.revert)
+        self.assertEqual([TARGET, SAFETY], self.qemu_img.applied)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING, self.domain.state()[0])
+        self.assertIsNone(self.records.current)
+        self.assertEqual([], self.left())
 
     def test_guest_that_was_paused(self) -> None:
         self.guest.suspend()
@@ -334,6 +345,7 @@ class TestComeBack(RollbackTestCase):
         self.qemu_img.snapshots = [TARGET, SAFETY]
         self.domain.snapshots = {SAFETY: '<domainsnapshot/>',
                                  TARGET: '<domainsnapshot/>'}
+        self.records.set_current(TARGET)
         self.ended: list[str] = []
         self.patch_name('nova_snapshot_ext.processes.end',
                         lambda argument, what: self.ended.append(argument))
@@ -348,7 +360,7 @@ class TestComeBack(RollbackTestCase):
         domain_snapshot.come_back(
             undo.Surroundings(self.guest, self.host, **around),
             target=TARGET, safety=SAFETY, paths=[self.path], life=life,
-            uuid=fakes.UUID, state_directory=self.state)
+            current=None, uuid=fakes.UUID, state_directory=self.state)
 
     def done(self) -> list[str]:
         return self.journal.of('revert', 'destroy', 'resume',
@@ -364,6 +376,7 @@ class TestComeBack(RollbackTestCase):
             self.domain.off()
             self.come_back(owner_died=owner_died)
             self.assertEqual([f'revertToSnapshot {SAFETY}'], self.done())
+            self.assertIsNone(self.records.current)
             self.journal.clear()
             # It may run twice.
             self.come_back(owner_died=owner_died)
@@ -397,6 +410,7 @@ class TestComeBack(RollbackTestCase):
         self.domain.snapshots.clear()
         self.come_back(owner_died=True)
         self.assertEqual([SAFETY], self.qemu_img.applied)
+        self.assertIsNone(self.records.current)
         self.assertEqual([TARGET, SAFETY], self.ended)
 
     def test_disks_whose_state_was_not_held_are_left_alone(self) -> None:
@@ -438,7 +452,6 @@ class TestComeBack(RollbackTestCase):
             self.now += 1.0
             if self.now == 3.0:
                 self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
-                self.domain.snapshotLookupByName(TARGET)
                 self.domain.current_snapshot = TARGET
                 self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 5]
                 self.domain.number = 2
