@@ -54,7 +54,7 @@ class DomainFlow(base.Flow):
         up = state is not guests.State.SHUTOFF
         with_memory = up and request.domain.memory
         return ((base.why_no_job_can_start(guest, held) if up else None)
-                or base.why_not_readable(held)
+                or base.why_not_readable(disks)
                 or (_why_no_memory(guest, request) if with_memory
                     else quiesce.obstacle(guest, request) if up else None)
                 or _why_no_room(guest, held, with_memory, request))

@@ -61,9 +61,9 @@ class DomainTestCase(base.TestCase):
 
     def add_disk(self, fmt: str, target: str = 'vdb',
                  directory: str | None = None, **options: str) -> str:
-        path = self.new_file(f'{target}.{fmt}', base.qcow2_header())
-        if directory is not None:
-            path = os.path.join(directory, target)
+        path = self.new_file(
+            os.path.join(directory or '', f'{target}.{fmt}'),
+            base.qcow2_header())
         self.domain.disks += fakes.disk_xml(path, fmt, target, **options)
         return path
 

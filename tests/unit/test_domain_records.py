@@ -145,8 +145,9 @@ class TestRecords(base.TestCase):
             self.assertRaises(ValueError, domain_records.Records,
                               self.state, uuid)
         for name in ('..', '../a', 'theirs', ONE + '0'):
-            self.assertRaises(ValueError, self.records.add, record(
-                ONE, None, name=name, taken_at=''))
+            self.assertRaises(
+                ValueError, self.records.add,
+                dataclasses.replace(record(ONE), name=name))
             self.records.remove(name)
         self.assertEqual([], os.listdir(self.state))
 

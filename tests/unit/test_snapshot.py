@@ -230,6 +230,7 @@ class TestTake(SnapshotTestCase):
         self.assertEqual(
             ['guard', 'freeze demo', 'transfer vda', 'undo demo',
              'released demo', 'upload', 'publish', 'remove image',
+             'keep somewhere',
              'guard ends'], journal)
         self.assertEqual(
             ('demo', 'demo-transfer', frozen.Consistency.FILESYSTEM, 5,
