@@ -67,8 +67,8 @@ Possible values:
 
 Related options:
 
-* ``max_domain_snapshots`` and ``max_domain_snapshots_gb`` limit what ``domain``
-  leaves on the host
+* ``max_domain_snapshots`` and ``max_domain_snapshots_gb`` limit what
+  ``domain`` leaves on the host
 """),
     cfg.IntOpt(
         'max_domain_snapshots',

@@ -226,7 +226,7 @@ def let_taking_end(around: undo.Surroundings, guest: guests.Guest,
 
 
 def _wait_for_call(guest: guests.Guest,
-                  is_over: collections.abc.Callable[[], bool]) -> None:
+                   is_over: collections.abc.Callable[[], bool]) -> None:
     """Wait for a call of libvirt that a dead owner may have left under way.
 
     :param is_over: asked while no job is seen; where it is not known to be,

@@ -746,7 +746,6 @@ class Guest:
                 f'they may be in use on another host')
         self.monitor('blockdev-set-active', active=True)
 
-
     # Its domain snapshots: libvirt's, of all disks and the memory
 
     def take_domain_snapshot(self, description: str,

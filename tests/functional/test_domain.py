@@ -172,7 +172,8 @@ class MemoryTest(DomainTestCase):
             record.title for record in self.records(guest).all()])
         # An image stays as it is whatever becomes of the guest.
         for _, image, counter in taken:
-            self.assertEqual(counter, images.check_point_in_time([image])[0][0])
+            self.assertEqual(
+                counter, images.check_point_in_time([image])[0][0])
         domain_snapshot.delete(self.ours(guest), two, self.records(guest),
                                hosts.PlainHost())
         self.assertEqual(
