@@ -230,19 +230,23 @@ class MemoryTest(DomainTestCase):
             self.assertEqual([record.name], self.held(guest, index))
         self.delete_all(guest)
 
-    def test_clock_is_set_by_the_agent(self):
+    def test_agent_answers_again_and_is_asked_to_set_the_clock(self):
         guest = self.guest(guests.Disk('overlay'), mode='fs', agent=True)
         guest.wait_agent()
-        ours = self.ours(guest)
         result, image = self.take(guest, 'domain', 'then', domain=(
             requests.DomainSnapshot(title='then')))
         self.assertEqual('crash', result.consistency.value)
         record = self.records(guest).find('then')
-        ours.set_clock()
-        time.sleep(5)
+        time.sleep(10)
         self.revert(guest, record)
-        self.assertAlmostEqual(
-            time.time(), guest.domain.getTime()['seconds'], delta=3)
+        try:
+            self.ours(guest).set_clock()
+        except exception.SnapshotError as error:
+            # Without hwclock(8) in the guest it does not, and nothing fails.
+            self.assertIn('guest-set-time', str(error))
+        else:
+            self.assertAlmostEqual(
+                time.time(), guest.domain.getTime()['seconds'], delta=5)
         self.assertEqual(0, guest.domain.fsThaw())
         self.delete_all(guest)
 
@@ -478,7 +482,7 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
 
     def assert_clean(self, guest: guests.Guest, names: list[str]) -> None:
         """Wait until nothing is left but what is to stay."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while list(self.state.glob('*.undo')) or list(
                 self.staging.iterdir()):
             self.assertLess(time.monotonic(), deadline, 'something was left')
@@ -577,15 +581,13 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
     def _see_one_of_two(self, guest: guests.Guest,
                         record: domain_records.Record, counter: int,
                         since: float, words: str) -> None:
-        while not self._is_whole(guest):
-            self.assertLess(time.monotonic() - since, 90)
-            time.sleep(0.05)
-        seconds = time.monotonic() - since
-        self.assert_lives(guest)
         self.assert_clean(guest, [record.name])
-        print(f'{record.rollback.value} back killed at {words}: runs after '
-              f'{seconds:.2f} s, counter {guest.counter()} ({counter} then)',
-              flush=True)
+        seconds = time.monotonic() - since
+        self.assertTrue(self._is_whole(guest))
+        self.assert_lives(guest)
+        print(f'{record.rollback.value} back killed at {words}: all is done '
+              f'after {seconds:.2f} s, first counter {guest.console.first} '
+              f'({counter} then)', flush=True)
 
     def test_in_the_middle_of_libvirts_work(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
