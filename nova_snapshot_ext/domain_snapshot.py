@@ -32,7 +32,6 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
-from nova_snapshot_ext import processes
 from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
@@ -294,7 +293,7 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
     if around.owner_died:
         if not around.rebooted:
             _let_call_end(guest, life)
-        processes.end(target, 'qemu-img')
+        internal_snapshot.end_qemu_img(target)
     if power.running_guest(around) is not None:
         if (guest.life() == life or around.owner_died
                 or guest.domain_snapshot(target) is None

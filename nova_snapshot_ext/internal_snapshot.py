@@ -112,7 +112,7 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
     """
     check_name(name)
     if around.owner_died:
-        processes.end(name, 'qemu-img')
+        end_qemu_img(name)
     for _ in range(5):
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
@@ -139,6 +139,12 @@ def check_name(name: str) -> None:
         raise ValueError(f'{name} is not a snapshot of ours')
 
 
+def end_qemu_img(name: str) -> None:
+    """End what a dead owner left at work on a snapshot, and no QEMU that was
+    started from it."""
+    processes.end(name, 'qemu-img', program='qemu-img')
+
+
 def apply_again(around: undo.Surroundings, path: str, name: str) -> None:
     """Make the disk of a guest that is off as it was, if it still has the
     snapshot; what a dead owner left at work on it is ended first.
@@ -147,7 +153,7 @@ def apply_again(around: undo.Surroundings, path: str, name: str) -> None:
     """
     check_name(name)
     if around.owner_died:
-        processes.end(name, 'qemu-img')
+        end_qemu_img(name)
     if has_snapshot(None, path, name):
         with _own(around, path):
             _qemu_img_snapshot('-a', name, path)

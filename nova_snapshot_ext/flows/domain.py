@@ -50,7 +50,8 @@ class DomainFlow(base.Flow):
         for disk in disks:
             if disk.target not in targets:
                 return (f'{disk.target} can not hold an internal snapshot: '
-                        f'that takes a qcow2 file which is not shared')
+                        f'that takes a qcow2 file which is not shared, '
+                        f'transient or encrypted')
         up = state is not guests.State.SHUTOFF
         with_memory = up and request.domain.memory
         return ((base.why_no_job_can_start(guest, held) if up else None)

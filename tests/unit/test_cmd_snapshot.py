@@ -412,7 +412,7 @@ class TestExitCodes(CommandTestCase):
         self.assertFailed(cmd.FAILED, 'no socket')
 
     def test_unknown_flow(self) -> None:
-        self.assertFailed(cmd.REFUSED, 'installed are backup, cold, live',
+        self.assertFailed(cmd.REFUSED, 'installed are backup, cold, domain, live',
                           '--flow', 'warm')
 
     def test_flow_that_can_not_serve(self) -> None:
@@ -457,11 +457,15 @@ class TestExitCodes(CommandTestCase):
 
 class TestFlows(CommandTestCase):
 
+    NO_QCOW2 = ('vda can not hold an internal snapshot: that takes a qcow2 '
+                'file which is not shared, transient or encrypted')
+
     def test_each_flow_says_whether_it_can_serve(self) -> None:
         self.domain.off()
         self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
         self.assertEqual(
             'backup: the guest is shut off\ncold: can serve\n'
+            f'domain: {self.NO_QCOW2}\n'
             'live: the guest is shut off\n',
             self.out.getvalue())
 
@@ -472,6 +476,7 @@ class TestFlows(CommandTestCase):
             {'backup': {'serves': False,
                         'obstacle': 'the guest is shut off'},
              'cold': {'serves': True, 'obstacle': None},
+             'domain': {'serves': False, 'obstacle': self.NO_QCOW2},
              'live': {'serves': False, 'obstacle': 'the guest is shut off'}},
             json.loads(self.out.getvalue())['flows'])
 

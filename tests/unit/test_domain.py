@@ -333,7 +333,7 @@ class TestUndo(DomainTestCase):
         self.patch_name('time.monotonic', lambda: self.now)
         self.patch_name('time.sleep', self.tick)
         self.patch_name('nova_snapshot_ext.processes.end',
-                        lambda argument, what: None)
+                        lambda argument, what, program: None)
         self.waits: typing.Callable[[], object] = lambda: None
 
     def tick(self, seconds: float) -> None:

@@ -440,7 +440,8 @@ class TestChoice(DriverTestCase):
         self.config(request_flows=['warm'], group='snapshot_ext')
         self.api.image['properties']['snapshot_flow'] = 'warm'
         self.assertRaisesRegex(
-            nova_exception.NovaException, 'cold, live', self.snapshot)
+            nova_exception.NovaException, 'cold, domain, live',
+            self.snapshot)
 
     def test_livesnapshot_can_be_switched_off(self) -> None:
         self.config(disable_libvirt_livesnapshot=True, group='workarounds')
