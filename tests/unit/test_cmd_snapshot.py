@@ -412,8 +412,9 @@ class TestExitCodes(CommandTestCase):
         self.assertFailed(cmd.FAILED, 'no socket')
 
     def test_unknown_flow(self) -> None:
-        self.assertFailed(cmd.REFUSED, 'installed are backup, cold, domain, live',
-                          '--flow', 'warm')
+        self.assertFailed(
+            cmd.REFUSED, 'installed are backup, cold, domain, live',
+            '--flow', 'warm')
 
     def test_flow_that_can_not_serve(self) -> None:
         self.domain.off()

@@ -347,8 +347,9 @@ class TestComeBack(RollbackTestCase):
                                  TARGET: '<domainsnapshot/>'}
         self.records.set_current(TARGET)
         self.ended: list[str] = []
-        self.patch_name('nova_snapshot_ext.processes.end',
-                        lambda argument, what, program: self.ended.append(argument))
+        self.patch_name(
+            'nova_snapshot_ext.processes.end',
+            lambda argument, what, program: self.ended.append(argument))
         self.now = 0.0
         self.patch_name('time.monotonic', lambda: self.now)
         self.patch_name('time.sleep', self.tick)
