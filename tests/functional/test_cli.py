@@ -121,7 +121,8 @@ class CommandLineTest(CommandTestCase):
         for code, words, said in (
                 (cli.NO_DOMAIN, ('flows', 'nobody'), 'no domain nobody'),
                 (cli.REFUSED, (*create, '--to', self.images, '--flow',
-                               'warm'), 'installed are backup, cold, domain, live'),
+                               'warm'),
+                 'installed are backup, cold, domain, live'),
                 (cli.REFUSED, (*create, '--to', self.images / 'none'),
                  'must be an existing directory'),
                 (cli.REFUSED, (*create, '--to', self.images, '--name',
