@@ -220,6 +220,17 @@ class MemoryTest(DomainTestCase):
         self.back(guest, record, counter)
         self.delete_all(guest)
 
+    def test_domain_is_the_one_of_then(self):
+        guest = self.guest(guests.Disk('overlay'))
+        record, _, counter = self.keep(guest, 'before')
+        guest.domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_DESCRIPTION, 'later', None, None,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        self.back(guest, record, counter)
+        for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
+            self.assertNotIn('later', guest.domain.XMLDesc(flags))
+        self.delete_all(guest)
+
     def test_all_disks_go_back_together(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
         record, _, counter = self.keep(guest, 'both')
