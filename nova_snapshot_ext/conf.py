@@ -44,7 +44,8 @@ Possible values:
 
 * names of installed flows: ``backup`` (a running guest, by a backup job with
   a scratch), ``live`` (a running guest, by a block copy), ``cold`` (a guest
-  that is off, or stopped for a moment by a managed save)
+  that is off, or stopped for a moment by a managed save), ``domain`` (one that
+  stays in the guest's disks, to be rolled back to: better asked for)
 
 Related options:
 
@@ -53,7 +54,7 @@ Related options:
 """),
     cfg.ListOpt(
         'request_flows',
-        default=['backup', 'live', 'cold'],
+        default=['backup', 'live', 'cold', 'domain'],
         help="""
 The flows that a tenant may ask for by the image property ``snapshot_flow``.
 
@@ -63,6 +64,48 @@ operator's choice, and need not be listed.
 Possible values:
 
 * names of installed flows, or nothing to refuse every such request
+
+Related options:
+
+* ``max_domain_snapshots`` and ``max_domain_snapshots_gb`` limit what
+  ``domain`` leaves on the host
+"""),
+    cfg.IntOpt(
+        'max_domain_snapshots',
+        default=8,
+        min=0,
+        help="""
+How many snapshots of the flow ``domain`` one guest may have.
+
+Each stays in the guest's disks until its image, or the server, is deleted.
+
+Possible values:
+
+* 0: none is taken
+* a number
+"""),
+    cfg.IntOpt(
+        'max_domain_snapshots_gb',
+        default=100,
+        min=0,
+        help="""
+GiB that the disks of one guest may take on the host beyond their size for the
+flow ``domain`` to take another snapshot.
+
+A snapshot holds the guest's memory, as far as it is in use, and whatever of
+the disks the guest overwrites or deletes afterwards. What is looked at is what
+the files take (as ``du`` shows it) with the memory that would be added. It is
+looked at when a snapshot is asked for only: what the guest overwrites later is
+not limited by it, and is at most the disks' size for each snapshot.
+
+Possible values:
+
+* 0: no such limit
+* a number of GiB
+
+Related options:
+
+* ``max_domain_snapshots``
 """),
     cfg.ListOpt(
         'transfers',

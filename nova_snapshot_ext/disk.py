@@ -65,6 +65,8 @@ class Disk:
     #: layers below the top one as a running domain shows them, nearest
     #: first; None where libvirt does not tell
     backing: tuple[Layer, ...] | None
+    #: the guest can't write to it
+    readonly: bool = False
 
     @classmethod
     def from_element(cls, element: ElementTree.Element) -> 'Disk':
@@ -85,6 +87,8 @@ class Disk:
             shared=element.find('shareable') is not None,
             transient=element.find('transient') is not None,
             backing=_backing_of(element),
+            readonly=(element.find('readonly') is not None
+                      or element.get('device') == 'cdrom'),
         )
 
     @property

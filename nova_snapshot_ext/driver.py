@@ -33,6 +33,7 @@ from nova.virt.libvirt import driver as libvirt_driver
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
 import oslo_messaging
+from oslo_utils import strutils
 
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import disk as disks
@@ -54,6 +55,8 @@ LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
 REQUEST_PROPERTY = 'snapshot_flow'
+#: whether the flow ``domain`` keeps the memory
+MEMORY_PROPERTY = 'snapshot_memory'
 FLAVOR_SPEC = 'snapshot_ext:flow'
 _SERVED_VIRT_TYPES = ('kvm', 'qemu')
 # What somebody else has made of a guest that was up when we stopped it.
@@ -442,7 +445,7 @@ class SnapshotLibvirtDriver(
             image['properties'].get(REQUEST_PROPERTY),
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
-        request = self._request(instance, guest.root_disk())
+        request = self._request(instance, guest.root_disk(), image)
         # Who keeps the disk has a guest that runs on.
         caller = record.snapshot.task_state
         host = NovaHost(self, instance.uuid, instance, caller,
@@ -491,8 +494,8 @@ class SnapshotLibvirtDriver(
         except nova_exception.NovaException as error:
             raise exception.SnapshotError(str(error)) from error
 
-    def _request(self, instance: objects.Instance,
-                 disk: disks.Disk) -> requests.Request:
+    def _request(self, instance: objects.Instance, disk: disks.Disk,
+                 image: dict[str, typing.Any]) -> requests.Request:
         image_format = CONF.libvirt.snapshot_image_format or (
             'raw' if disk.block else disk.format)
         directory = CONF.libvirt.snapshots_directory
@@ -526,7 +529,13 @@ class SnapshotLibvirtDriver(
             bandwidth=CONF.snapshot_ext.bandwidth,
             guest_share=CONF.snapshot_ext.guest_share,
             read_timeout=CONF.snapshot_ext.read_timeout,
-            save_timeout=CONF.snapshot_ext.save_timeout)
+            save_timeout=CONF.snapshot_ext.save_timeout,
+            domain=requests.DomainSnapshot(
+                memory=_with_memory(image),
+                image_id=image['id'],
+                title=image['name'],
+                most=CONF.snapshot_ext.max_domain_snapshots,
+                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
 
     def _description(self, instance: objects.Instance,
                      image: dict[str, typing.Any],
@@ -540,8 +549,8 @@ class SnapshotLibvirtDriver(
                       if value not in (None, '')}
         removed = {name for name in image['properties']
                    if name.startswith(snapshot.PROPERTY)}
-        if not _inherited_request(instance, image):
-            removed.add(REQUEST_PROPERTY)
+        removed |= {name for name in (REQUEST_PROPERTY, MEMORY_PROPERTY)
+                    if not _inherited_request(instance, image, name)}
         return images.Description(
             name=metadata['name'], disk_format=metadata['disk_format'],
             container_format=metadata['container_format'],
@@ -601,17 +610,28 @@ def _check_configuration() -> None:
             plugins.load(namespace, name, f'[snapshot_ext] {option}')
 
 
+def _with_memory(image: dict[str, typing.Any]) -> bool:
+    """:raises InvalidSetting: if the image says something else"""
+    asked = image['properties'].get(MEMORY_PROPERTY, 'true')
+    try:
+        return strutils.bool_from_string(asked, strict=True)
+    except ValueError as error:
+        raise exception.InvalidSetting(
+            f'image property {MEMORY_PROPERTY}', asked,
+            'it must be true or false') from error
+
+
 def _inherited_request(instance: objects.Instance,
-                       image: dict[str, typing.Any]) -> bool:
-    """Whether the instance's own image asks for this flow too.
+                       image: dict[str, typing.Any], name: str) -> bool:
+    """Whether the instance's own image asks for the same.
 
     Nova copies the properties of an instance's image to its snapshots. What
     the operator put on the image is meant for all of them; what a tenant
     asked for once is not.
     """
-    inherited = instance.system_metadata.get(f'image_{REQUEST_PROPERTY}')
+    inherited = instance.system_metadata.get(f'image_{name}')
     return (inherited is not None
-            and inherited == image['properties'].get(REQUEST_PROPERTY))
+            and inherited == image['properties'].get(name))
 
 
 def _quiesce(instance: objects.Instance) -> requests.Quiesce:

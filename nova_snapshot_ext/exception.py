@@ -92,6 +92,10 @@ class Preempted(SnapshotError):
     """Something else is done to the guest, or may be, by its owner's will."""
 
 
+class RollbackRefused(SnapshotError):
+    """A guest can't go back to a snapshot; it was not touched."""
+
+
 class FreezeFailed(SnapshotError):
     """The guest's disks could not be frozen; the guest is as it was."""
 

@@ -102,3 +102,8 @@ class Frozen:
     why_lost: collections.abc.Callable[[], str | None] = lambda: None
     #: whether the guest's own QEMU serves the disks, for as long as it runs
     by_guest: bool = False
+    #: what the image says of the flow's doing, by names without our prefix
+    properties: dict[str, str] = dataclasses.field(default_factory=dict)
+    #: called with where the image is once it is whole: what the flow made to
+    #: stay on the host stays from then on
+    keep: collections.abc.Callable[[str], None] = lambda location: None

@@ -122,6 +122,9 @@ _STATES = {
 _PAUSED_BY_START = (
     [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION],
     [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP])
+_PAUSED_BY_SNAPSHOT = (
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SAVE],
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT])
 _OPERATIONS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
@@ -314,6 +317,12 @@ class Guest:
         with self._calling('Description'):
             return _parsed(self._domain.XMLDesc(0))
 
+    def has_console_password(self) -> bool:
+        with self._calling('Description'):
+            found = _parsed(
+                self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE))
+        return found.find('./devices/graphics[@passwd]') is not None
+
     def belongs_to_nova(self) -> bool:
         """Whether Nova made it: Nova would act on what happens to it."""
         return self.description().find(
@@ -495,6 +504,11 @@ class Guest:
                 ask = now + _ASK_AGAIN_S
             time.sleep(0.02)
 
+    def is_paused_by_snapshot(self) -> bool:
+        """Whether libvirt paused it to save its memory, and no more."""
+        with self._calling('State'):
+            return list(self._domain.state()) in _PAUSED_BY_SNAPSHOT
+
     def is_paused_by_io_error(self) -> bool:
         with self._calling('State'):
             return list(self._domain.state()) == [
@@ -529,6 +543,11 @@ class Guest:
             self._domain.blockJobAbort(target, 0)
 
     # Its file systems
+
+    def has_agent(self) -> bool:
+        """Whether it has a channel for a guest agent."""
+        return self.description().find(
+            f'./devices/channel/target[@name="{AGENT_CHANNEL}"]') is not None
 
     def agent_connected(self) -> bool:
         """Whether a guest agent has opened its channel."""
@@ -763,6 +782,137 @@ class Guest:
                 f'The disks of {self.name} are inactive, and it is {status}: '
                 f'they may be in use on another host')
         self.monitor('blockdev-set-active', active=True)
+
+    # Its domain snapshots: libvirt's, of all disks and the memory
+
+    def take_domain_snapshot(self, description: str,
+                             halt: bool = False) -> None:
+        """Take one while it is up.
+
+        :param description: XML, ``<domainsnapshot>``
+        :param halt: leave it off, with its state in the snapshot
+        :raises LibvirtError: as :meth:`save_memory`
+        """
+        self.activate_disks()
+        with self._calling('Domain snapshot'):
+            self._domain.once(
+                'snapshotCreateXML', description,
+                libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_HALT if halt else 0)
+
+    def domain_snapshot(self, name: str) -> str | None:
+        """The XML of one that libvirt knows, None if it does not.
+
+        Without secrets.
+        """
+        try:
+            with self._calling(f'Domain snapshot {name}'):
+                xml: str = self._domain.call(
+                    lambda domain: domain.snapshotLookupByName(
+                        name).getXMLDesc())
+        except LibvirtError as error:
+            if error.code == libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
+                return None
+            raise
+        return xml
+
+    def current_domain_snapshot(self) -> str | None:
+        """The name of the one that libvirt has it descend from."""
+        try:
+            with self._calling('Current domain snapshot'):
+                name: str = self._domain.call(
+                    lambda domain: domain.snapshotCurrent().getName())
+        except LibvirtError as error:
+            if error.code == libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
+                return None
+            raise
+        return name
+
+    def define_domain_snapshot(self, description: str) -> None:
+        """Have libvirt know one that is in the disks.
+
+        :param description: XML of :meth:`domain_snapshot`
+        """
+        with self._calling('Definition of a domain snapshot'):
+            self._domain.snapshotCreateXML(
+                description, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
+
+    def forget_domain_snapshot(self, name: str) -> None:
+        """Have libvirt not know it any more; it stays in the disks."""
+        if self.domain_snapshot(name) is None:
+            return
+        with self._calling(f'Metadata of the domain snapshot {name}'):
+            self._domain.call(
+                lambda domain: domain.snapshotLookupByName(name).delete(
+                    libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY))
+
+    def revert_to(self, name: str) -> None:
+        """Have it go back to one that libvirt knows; in a new QEMU.
+
+        If it fails, the guest may be off.
+
+        :raises LibvirtError: as :meth:`save_memory`
+        """
+        with self._calling(f'Rollback to {name}'):
+            self._domain.once(
+                'revertToSnapshot',
+                self._domain.once('snapshotLookupByName', name))
+
+    def destroy(self) -> None:
+        """Turn it off at once. QEMU writes what it holds back of its disks."""
+        with self._calling('Stop'):
+            self._domain.destroy()
+
+    def host_cpu(self) -> str:
+        """The host's CPU if the guest is given it as it is, '' if not."""
+        cpu = self.description().find('./cpu')
+        if cpu is None or cpu.get('mode') not in ('host-passthrough',
+                                                  'maximum'):
+            return ''
+        with self._calling('Capabilities'):
+            xml = self._domain.call(
+                lambda domain: domain.connect().getCapabilities())
+        found = _parsed(xml).find('./host/cpu')
+        return '' if found is None else ElementTree.tostring(
+            found, encoding='unicode')
+
+    def why_host_can_not_run(
+            self, description: ElementTree.Element) -> str | None:
+        """What the host does not offer that a domain needs, None if it does.
+
+        :param description: ``<domain>``, as it was when it ran
+        """
+        kind = description.find('./os/type')
+        what = (description.findtext('./devices/emulator'),
+                None if kind is None else kind.get('arch'),
+                None if kind is None else kind.get('machine'),
+                description.get('type'))
+        try:
+            with self._calling('Capabilities'):
+                self._domain.call(
+                    lambda domain: domain.connect().getDomainCapabilities(
+                        *what))
+        except LibvirtError as error:
+            return f'the host does not offer its machine {what[2]}: {error}'
+        cpu = description.find('./cpu')
+        if cpu is None or cpu.find('./model') is None:
+            return None
+        try:
+            with self._calling('Comparison of CPUs'):
+                same = self._domain.call(
+                    lambda domain: domain.connect().compareHypervisorCPU(
+                        *what, ElementTree.tostring(cpu, encoding='unicode')))
+        except LibvirtError:
+            return None     # libvirt can't tell, for an emulated one say
+        if same == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE:
+            return f'the host does not offer its CPU {cpu.findtext("./model")}'
+        return None
+
+    def set_clock(self) -> None:
+        """Have the guest agent set its clock to the time of now."""
+        now_ns = time.time_ns()
+        with self._calling('Time'):
+            self._domain.setTime({'seconds': now_ns // 10 ** 9,
+                                  'nseconds': now_ns % 10 ** 9})
 
 
 def _parsed(xml: str) -> ElementTree.Element:

@@ -12,8 +12,8 @@
 
 """Internal snapshots of qcow2 files, made while their guest is off.
 
-They are deleted whether it runs or not, and it is looked whether they are
-gone.
+A file can be made as one of them is, then. They are deleted whether the guest
+runs or not, and it is looked whether they are gone.
 """
 
 import collections.abc
@@ -56,15 +56,44 @@ def make(path: str, log: undo.UndoLog) -> str:
 
     :returns: its name
     """
-    name = f'snapshot-ext-{uuid.uuid4().hex}'
+    name = new_name()
+    with _borrowed(path, log):
+        log.push(delete_internal_snapshot, path=path, name=name)
+        _qemu_img_snapshot('-c', name, path)
+    return name
+
+
+def new_name() -> str:
+    return f'snapshot-ext-{uuid.uuid4().hex}'
+
+
+def make_named(path: str, name: str, log: undo.UndoLog) -> None:
+    """Make one in a file that nobody has open.
+
+    :param name: that the log says by now how to delete
+    """
+    with _borrowed(path, log):
+        _qemu_img_snapshot('-c', name, path)
+
+
+def apply_named(path: str, name: str, log: undo.UndoLog) -> None:
+    """Make a file that nobody has open as it was.
+
+    :param name: of the internal snapshot
+    """
+    with _borrowed(path, log):
+        _qemu_img_snapshot('-a', name, path)
+
+
+@contextlib.contextmanager
+def _borrowed(path: str,
+              log: undo.UndoLog) -> collections.abc.Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not os.access(path, os.W_OK):
             # libvirt gives the disk of a stopped guest to root where it could
             # not remember whose it was.
             stack.callback(borrowed.borrow(path, log).run)
-        log.push(delete_internal_snapshot, path=path, name=name)
-        _qemu_img_snapshot('-c', name, path)
-    return name
+        yield
 
 
 @undo.step
@@ -81,17 +110,16 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
     :param name: as :func:`make` gives them
     :raises SnapshotError: if it is still there
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f'{name} is not a snapshot of ours')
+    check_name(name)
     if around.owner_died:
-        processes.end(name, 'qemu-img')
+        end_qemu_img(name)
     for _ in range(5):
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
         try:
             with _as_it_is(around) as guest:
                 if power.is_gone(around) or (
-                        not _has_snapshot(guest, path, name)):
+                        not has_snapshot(guest, path, name)):
                     return
                 _delete_snapshot(around, guest, path, name)
         except exception.UndoFailed:
@@ -100,9 +128,35 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
             LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
             time.sleep(0.2)
     with _as_it_is(around) as guest:
-        if not power.is_gone(around) and _has_snapshot(guest, path, name):
+        if not power.is_gone(around) and has_snapshot(guest, path, name):
             raise exception.UndoFailed(
                 f'The internal snapshot {name} of {path} can not be deleted')
+
+
+def check_name(name: str) -> None:
+    """:raises ValueError: if it is not the name of a snapshot of ours"""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'{name} is not a snapshot of ours')
+
+
+def end_qemu_img(name: str) -> None:
+    """End what a dead owner left at work on a snapshot, and no QEMU that was
+    started from it."""
+    processes.end(name, 'qemu-img', program='qemu-img')
+
+
+def apply_again(around: undo.Surroundings, path: str, name: str) -> None:
+    """Make the disk of a guest that is off as it was, if it still has the
+    snapshot; what a dead owner left at work on it is ended first.
+
+    :param name: of the internal snapshot
+    """
+    check_name(name)
+    if around.owner_died:
+        end_qemu_img(name)
+    if has_snapshot(None, path, name):
+        with _own(around, path):
+            _qemu_img_snapshot('-a', name, path)
 
 
 @contextlib.contextmanager
@@ -123,7 +177,7 @@ def _as_it_is(around: undo.Surroundings,
         yield power.running_guest(around)
 
 
-def _has_snapshot(guest: guests.Guest | None, path: str, name: str) -> bool:
+def has_snapshot(guest: guests.Guest | None, path: str, name: str) -> bool:
     """:param guest: None if it is off"""
     node = None if guest is None else guest.format_node(path)
     if node is not None:
@@ -173,7 +227,8 @@ def _own(around: undo.Surroundings,
 
 
 def _qemu_img_snapshot(action: str, name: str, path: str) -> None:
-    """Make (-c) or delete (-d) an internal snapshot of a disk not in use."""
+    """Make (-c) an internal snapshot of a disk not in use, go back to (-a) or
+    delete (-d) it."""
     qemu_img.run('snapshot', action, name, disks_.json_name(
         disks_.layer_options(disks_.Layer(path, 'qcow2')) | _TABLE_CACHES),
         timeout=_TIMEOUT_S)

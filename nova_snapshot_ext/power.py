@@ -24,13 +24,13 @@ from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
 _POLL_S = 0.05
-# How long a managed save, or the restore, may take whose end nobody hears of.
-_SAVE_TIMEOUT_S = 600.0
+#: how long a managed save, or the restore, may take whose end nobody hears of
+SAVE_TIMEOUT_S = 600.0
 # How long after it was asked to a guest may let go of a device.
 _LATE_S = 60.0
-# How long libvirt may keep such a call waiting for the domain's lock
-# (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile.
-_LOCK_WAIT_S = 35.0
+#: how long libvirt may keep such a call waiting for the domain's lock
+#: (QEMU_JOB_WAIT_TIME), and a margin: nothing tells of it meanwhile
+LOCK_WAIT_S = 35.0
 # How often it is looked whether a save has to be ended.
 _END_SAVE_POLL_S = 1.0
 
@@ -47,16 +47,36 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
         waited = time.monotonic() - begun
         if not around.owner_died:
             return          # its owner knows how its call ended
-        if guest.job() is None and waited > _LOCK_WAIT_S:
+        if guest.job() is None and waited > LOCK_WAIT_S:
             guest.remove_cut_save()
             return
-        if waited > _SAVE_TIMEOUT_S:
+        if waited > SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
                 f'The memory of {guest.name} is still being saved')
         time.sleep(_POLL_S)
     with around.host.may_start() as allowed:
         if allowed and guest.has_managed_save():
             guest.start()
+
+
+@undo.step
+@undo.with_guest
+def start_again(around: undo.Surroundings, guest: guests.Guest,
+                life: str, paused: bool) -> None:
+    """Start a guest that we turned off.
+
+    :param life: the guest's before that
+    :param paused: that it was paused
+    """
+    begun = time.monotonic()
+    # A dead owner may have left libvirt to do it.
+    while (around.owner_died and guest.life() == life
+           and time.monotonic() - begun < LOCK_WAIT_S):
+        time.sleep(_POLL_S)
+    if guest.state() is guests.State.SHUTOFF:
+        with around.host.may_start() as allowed:
+            if allowed and guest.state() is guests.State.SHUTOFF:
+                guest.start(paused)
 
 
 @undo.step
@@ -92,7 +112,7 @@ def _wait_until_started(guest: guests.Guest) -> None:
     begun = time.monotonic()
     while (guest.state() not in (guests.State.SHUTOFF, guests.State.RUNNING)
            and guest.job() not in (None, 'backup')):
-        if time.monotonic() - begun > _SAVE_TIMEOUT_S:
+        if time.monotonic() - begun > SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
                 f'{guest.name} is still being started')
         time.sleep(_POLL_S)

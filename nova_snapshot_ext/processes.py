@@ -93,15 +93,16 @@ def ends_within(process: 'subprocess.Popen[typing.Any]',
     return True
 
 
-def end(argument: str, what: str) -> None:
+def end(argument: str, what: str, program: str | None = None) -> None:
     """End the processes of ours that have an argument in their command line.
 
     :param argument: whole, and of no other process's
     :param what: what the process is, for the message
+    :param program: the only one that is meant, where others may have it too
     :raises UndoFailed: if one can't be ended
     """
     begun = time.monotonic()
-    while pids := having(argument):
+    while pids := having(argument, program):
         waited = time.monotonic() - begun
         if waited > _END_TIMEOUT_S:
             raise exception.UndoFailed(f'The {what} does not end: {pids}')
@@ -112,9 +113,12 @@ def end(argument: str, what: str) -> None:
         time.sleep(0.05)
 
 
-def having(argument: str) -> list[int]:
+def having(argument: str, program: str | None = None) -> list[int]:
     """The ids of the processes of our user with an argument; root's are
-    all, since root may end what Nova's user left."""
+    all, since root may end what Nova's user left.
+
+    :param program: its name, None for any
+    """
     wanted = argument.encode()
     found = []
     user = os.geteuid()
@@ -124,6 +128,8 @@ def having(argument: str) -> list[int]:
                 if user not in (0, os.stat(f'/proc/{name}').st_uid):
                     continue
                 with open(f'/proc/{name}/cmdline', 'rb') as cmdline:
-                    if wanted in cmdline.read().split(b'\0'):
-                        found.append(int(name))
+                    words = cmdline.read().split(b'\0')
+                if wanted in words and program in (
+                        None, os.path.basename(os.fsdecode(words[0]))):
+                    found.append(int(name))
     return found

@@ -15,6 +15,7 @@
 import collections.abc
 import dataclasses
 import enum
+import typing
 
 from nova_snapshot_ext import cancellation as cancellations
 
@@ -33,6 +34,24 @@ Progress = collections.abc.Callable[[int, int], None]
 
 def no_progress(done: int, total: int) -> None:
     """For whoever does not want to know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainSnapshot:
+    """What the flow ``domain`` is to keep, and how much of it it may."""
+
+    #: whether the memory of a guest that is up is part of it
+    memory: bool = True
+    #: of the image that is made, where it is known by now
+    image_id: str = ''
+    title: str = ''
+    #: what is kept with it; of JSON's types
+    extra: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    #: how many of one guest are kept
+    most: int = 8
+    #: GiB that a guest's disks may take beyond their size for another one to
+    #: be taken, 0 for no such limit
+    most_gb: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +101,4 @@ class Request:
     read_timeout: int = 300
     #: seconds that saving a guest's memory may take
     save_timeout: int = 3600
+    domain: DomainSnapshot = DomainSnapshot()

@@ -100,6 +100,8 @@ class Result:
             f'{PROPERTY}consistency': frozen.consistency.value,
             f'{PROPERTY}guest_pause_ms': str(
                 round(frozen.pause.seconds * 1000)),
+            **{f'{PROPERTY}{name}': value
+               for name, value in frozen.properties.items()},
         }
 
 
@@ -284,7 +286,8 @@ class _Taking:
                         properties=self.description.properties
                         | Result.properties(self.flow, chosen.name, frozen)),
                     self.verify_hash, self._sending(image), self.log)
-            return self.flow, chosen.name, frozen, published
+        frozen.keep(published.location)
+        return self.flow, chosen.name, frozen, published
 
     def _announce_upload(self) -> None:
         """Once, whatever is begun anew."""

@@ -110,6 +110,13 @@ class Entry:
         """
         self._log._run(self)
 
+    def outlive_scope(self) -> None:
+        """Let the end of its scope leave it alone; that of the log does not.
+
+        For what stays if all that comes after goes well, and is dropped then.
+        """
+        self.scope = None
+
     def drop(self) -> None:
         """Mark it done without running it: nothing is left to undo."""
         self._log._mark_done(self)
@@ -145,7 +152,7 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
         path = os.path.join(directory, guest.uuid + SUFFIX)
         descriptor = open_locked(path, os.O_CREAT, guest.name)
         try:
-            _give_to_owner_of(directory, descriptor)
+            give_to_owner_of(directory, descriptor)
             try:
                 left = read(path, descriptor).pending
             except ValueError as error:
@@ -520,7 +527,7 @@ def finish_left_over(directory: str, guest: guests.Guest,
     log.unwind()
 
 
-def _give_to_owner_of(directory: str, descriptor: int) -> None:
+def give_to_owner_of(directory: str, descriptor: int) -> None:
     """Let root make no log that the directory's owner could not finish."""
     owner = os.stat(directory)
     if os.geteuid() == 0 and owner.st_uid != 0:

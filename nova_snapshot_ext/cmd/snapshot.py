@@ -31,6 +31,8 @@ from oslo_log import log as logging
 import tqdm
 
 from nova_snapshot_ext import conf as confs
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
@@ -38,6 +40,7 @@ from nova_snapshot_ext import plugins
 from nova_snapshot_ext import recovery
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rights
+from nova_snapshot_ext import rollback
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 
@@ -59,7 +62,7 @@ exit codes:
   {FAILED}  it failed; the guest is as it was, or its guard sees to that
   {USAGE}  the command line is not valid
   {REFUSED}  refused before the guest was touched: no flow can serve, a value
-     is not allowed, or there is not enough room
+     is not allowed, there is not enough room, or it can not go back
   {NO_DOMAIN}  there is no such domain
   {BUSY}  another snapshot of the domain is in flight
 """
@@ -101,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
                         choices=[each.value for each in requests.Quiesce],
                         help='freeze the file systems by the guest agent '
                              '(default: %(default)s)')
+    create.add_argument('--no-memory', action='store_true',
+                        help='have the flow domain keep the disks alone')
     create.add_argument('--verify-hash', action='store_true',
                         help='compare the hash of what arrived')
     flows = commands.add_parser(
@@ -118,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
                  'then power it off for good')
         command.add_argument('--json', action='store_true',
                              help='print one JSON document')
+    _add_domain_snapshots(commands)
     recover = commands.add_parser(
         'recover', help='undo what dead processes left of their snapshots')
     recover.add_argument('--dry-run', action='store_true',
@@ -126,6 +132,27 @@ def _parser() -> argparse.ArgumentParser:
         '--force', action='store_true',
         help='start guests that a snapshot stopped though Nova owns them')
     return parser
+
+
+def _add_domain_snapshots(commands: typing.Any) -> None:
+    tree = commands.add_parser(
+        'tree', help='show the snapshots that a domain can go back to')
+    revert = commands.add_parser(
+        'revert', help='have a domain go back to a snapshot')
+    delete = commands.add_parser(
+        'delete', help="delete a snapshot from a domain's disks; its image "
+                       "stays")
+    for command in (tree, revert, delete):
+        command.add_argument('domain', metavar='DOMAIN', help='name or UUID')
+        command.add_argument('--json', action='store_true',
+                             help='print one JSON document')
+    for command in (revert, delete):
+        command.add_argument(
+            'snapshot', metavar='SNAPSHOT',
+            help="its name, its title, or its image's id or path")
+        command.add_argument(
+            '--force', action='store_true',
+            help='also of a domain that Nova owns')
 
 
 def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
@@ -146,7 +173,8 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     except exception.GuestBusy as error:
         return _fail(error, BUSY)
     except (exception.InvalidSetting, exception.NoFlowServes,
-            exception.NotEnoughRoom, exception.UnsafeDisk) as error:
+            exception.NotEnoughRoom, exception.UnsafeDisk,
+            exception.RollbackRefused) as error:
         return _fail(error, REFUSED)
     except (exception.SnapshotError, OSError) as error:
         return _fail(error, FAILED)
@@ -201,7 +229,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
     staging = os.path.abspath(
         options.staging or os.environ.get('TMPDIR')
         or '/var/tmp')  # nosec B108 # what is made there has its own directory
-    state = configuration.state_directory or _state_directory()
+    state = _state_directory_of(configuration)
     return requests.Request(
         image_format=getattr(options, 'format', 'qcow2'),
         compress=getattr(options, 'compress', False),
@@ -222,7 +250,16 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         read_timeout=configuration.read_timeout,
         save_timeout=configuration.save_timeout,
         on_scratch_full=configuration.on_scratch_full,
-        may_stop=options.force or not guest.belongs_to_nova())
+        may_stop=options.force or not guest.belongs_to_nova(),
+        domain=requests.DomainSnapshot(
+            memory=not getattr(options, 'no_memory', False),
+            title=getattr(options, 'name', None) or _default_name(guest),
+            most=configuration.max_domain_snapshots,
+            most_gb=configuration.max_domain_snapshots_gb))
+
+
+def _state_directory_of(configuration: typing.Any) -> str:
+    return configuration.state_directory or _state_directory()
 
 
 def _state_directory() -> str:
@@ -245,7 +282,7 @@ def _state_directory() -> str:
 
 def _recover(options: argparse.Namespace, configuration: typing.Any) -> int:
     code = 0
-    directory = configuration.state_directory or _state_directory()
+    directory = _state_directory_of(configuration)
     for found in recovery.recover(directory, options.dry_run, options.force):
         words = f', {found.words}' if found.words else ''
         print(f'{found.path}: {found.outcome.value}{words}')
@@ -294,7 +331,7 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         result = snapshot.take(
             guest, host, planned, request, service,
             images.Description(
-                name=options.name or _default_name(guest),
+                name=request.domain.title,
                 disk_format=options.format, container_format='bare',
                 properties={}),
             verify_hash=options.verify_hash)
@@ -358,7 +395,92 @@ def _shown_progress(
         yield line
 
 
-_COMMANDS = {'create': _create, 'flows': _flows}
+def _tree(options: argparse.Namespace, configuration: typing.Any,
+          guest: guests.Guest) -> int:
+    records = domain_records.Records(
+        _state_directory_of(configuration), guest.uuid)
+    current = records.current
+    if options.json:
+        print(json.dumps({
+            'domain': guest.name, 'current': current, 'snapshots': [{
+                'name': record.name, 'title': record.title,
+                'parent': record.parent, 'image': record.image_id,
+                'rollback': record.rollback.value,
+                'taken_at': record.taken_at} for record in records.all()]}))
+    else:
+        _draw(records.all(), current, None, '')
+    return 0
+
+
+def _draw(records: list[domain_records.Record], current: str | None,
+          parent: str | None, indent: str) -> None:
+    """Those that descend from one, the oldest first, and where it is now."""
+    for record in records:
+        if record.parent == parent:
+            print(f'{indent}{record.title}: {record.rollback.value}, '
+                  f'{record.taken_at[:19]}Z, {record.image_id}')
+            _draw(records, current, record.name, indent + '  ')
+    if records and current == parent:
+        print(f'{indent}(now)')
+
+
+def _revert(options: argparse.Namespace, configuration: typing.Any,
+            guest: guests.Guest) -> int:
+    records, record = _chosen(options, configuration, guest)
+    result = rollback.revert(
+        guest, record, records, recovery.host_for(guest, options.force),
+        configuration.freeze_timeout)
+    _say(options, guest, record, 'went back to', {
+        'rollback': result.rollback.value,
+        'guest_pause_s': result.guest_pause_s})
+    return 0
+
+
+def _delete(options: argparse.Namespace, configuration: typing.Any,
+            guest: guests.Guest) -> int:
+    records, record = _chosen(options, configuration, guest)
+    domain_snapshot.delete(
+        guest, record, records, recovery.host_for(guest, options.force))
+    _say(options, guest, record, 'does not have any more', {})
+    return 0
+
+
+def _chosen(options: argparse.Namespace, configuration: typing.Any,
+            guest: guests.Guest,
+            ) -> tuple[domain_records.Records, domain_records.Record]:
+    """:raises RollbackRefused: if the domain is Nova's and nothing forces us
+
+    :raises InvalidSetting: if it has no such snapshot
+    """
+    if guest.belongs_to_nova() and not options.force:
+        raise exception.RollbackRefused(
+            f'Nova owns {guest.name}: its snapshots are rolled back to by '
+            f'"openstack server rebuild" and deleted with their images '
+            f'(--force)')
+    records = domain_records.Records(
+        _state_directory_of(configuration), guest.uuid)
+    record = records.find(options.snapshot)
+    if record is None:
+        known = ', '.join(each.title for each in records.all())
+        raise exception.InvalidSetting(
+            'SNAPSHOT', options.snapshot,
+            f'{guest.name} has {known or "none"}')
+    return records, record
+
+
+def _say(options: argparse.Namespace, guest: guests.Guest,
+         record: domain_records.Record, done: str,
+         more: dict[str, typing.Any]) -> None:
+    if options.json:
+        print(json.dumps({'domain': guest.name, 'name': record.name,
+                          'title': record.title, **more}))
+    else:
+        words = ''.join(f', {name} {value}' for name, value in more.items())
+        print(f'{guest.name} {done} {record.title}{words}')
+
+
+_COMMANDS = {'create': _create, 'flows': _flows, 'tree': _tree,
+             'revert': _revert, 'delete': _delete}
 
 
 if __name__ == '__main__':

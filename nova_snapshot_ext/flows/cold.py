@@ -20,17 +20,14 @@ hold one, a backup job is begun before the guest runs again.
 
 import collections.abc
 import contextlib
-import os
 
 from nova_snapshot_ext import backup_job
-from nova_snapshot_ext import borrowed
-from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import disk_source
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
-from nova_snapshot_ext import qemu_nbd
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
@@ -104,7 +101,7 @@ def _as_it_is(
     consistency = frozen.Consistency.CRASH
     if guest.was_shut_down() and not guest.has_managed_save():
         consistency = frozen.Consistency.STOPPED
-    sources = [_Source(guest, disk) for disk in disks]
+    sources = [disk_source.DiskSource(guest, disk) for disk in disks]
     sockets = workspace.make_socket_directory(request, log)
     with contextlib.ExitStack() as stack:
         yield frozen.Frozen(
@@ -118,12 +115,12 @@ def _by_internal_snapshots(
         guest: guests.Guest, disks: base.Disks, request: requests.Request,
         log: undo.UndoLog) -> collections.abc.Iterator[frozen.Frozen]:
     # Asked while it runs: libvirt knows the chains then.
-    sources = [_Source(guest, disk) for disk in disks]
+    sources = [disk_source.DiskSource(guest, disk) for disk in disks]
     sockets = workspace.make_socket_directory(request, log)
     pause = frozen.Pause()
     stopped = power.Stopped(guest, request, log, pause)
     for source in sources:
-        source.hold_internally(log)
+        source.snapshot = internal_snapshot.make(source.path, log)
     stopped.start()
     with contextlib.ExitStack() as stack:
         yield frozen.Frozen(
@@ -140,38 +137,3 @@ def _by_backup_job(
         pause = frozen.Pause()
         power.Stopped(guest, request, log, pause).start_after(job.begin)
         yield job.frozen(frozen.Consistency.CRASH, pause)
-
-
-class _Source:
-    """One disk, and how it is read while it is frozen."""
-
-    def __init__(self, guest: guests.Guest, disk: disks_.Disk) -> None:
-        self._chain = disks_.chain_of(disk)
-        self._capacity = guest.capacity(disk.target)
-        self._target = disk.target
-        self._snapshot: str | None = None
-
-    def hold_internally(self, log: undo.UndoLog) -> None:
-        """Have an internal snapshot read in place of the disk."""
-        self._snapshot = internal_snapshot.make(self._chain[0].path, log)
-
-    def serving(
-            self, sockets: str, log: undo.UndoLog,
-    ) -> contextlib.AbstractContextManager[frozen.FrozenDisk]:
-        options = disks_.chain_options(self._chain)
-        if self._snapshot is not None:
-            # The guest holds the locks of the file; the clusters of an
-            # internal snapshot are not written as long as it exists.
-            options['force-share'] = True
-            options['file']['locking'] = 'off'
-        for layer in self._chain:
-            self._make_readable(layer, log)
-        return qemu_nbd.serving(
-            options, os.path.join(sockets, self._target), self._target,
-            self._capacity, log, self._snapshot)
-
-    def _make_readable(self, layer: disks_.Layer,
-                       log: undo.UndoLog) -> None:
-        if not layer.block or os.access(layer.path, os.R_OK):
-            return
-        borrowed.borrow(layer.path, log)

@@ -121,6 +121,8 @@ class Console:
         self.log = log
         self.changed = threading.Condition()
         self.counter = 0
+        #: what the present QEMU's guest printed first, None if nothing yet
+        self.first: int | None = None
         self._last_s = time.monotonic()
         self._silence_s = 0.0
         self._closed = False
@@ -142,6 +144,8 @@ class Console:
                     self._peer, _address = self._listener.accept()
                 except OSError:
                     return
+                with self.changed:
+                    self.first = None
                 with self._peer:
                     self._read(self._peer, log)
 
@@ -166,6 +170,8 @@ class Console:
                                           now - self._last_s)
                     self._last_s = now
                     self.counter = int(found[1])
+                    if self.first is None:
+                        self.first = self.counter
                     self.changed.notify_all()
 
     def mark(self) -> None:
@@ -394,6 +400,18 @@ class Guest(fixtures.Fixture):
         :returns: the counter that was printed last.
         """
         return self.wait_counter(self.counter() + rounds, timeout_s)
+
+    def first_counter(self, timeout_s: float = 60) -> int:
+        """What it printed first in its present QEMU.
+
+        :param timeout_s: in seconds, to wait for it.
+        """
+        with self.console.changed:
+            if not self.console.changed.wait_for(
+                    lambda: self.console.first is not None, timeout_s):
+                raise AssertionError(f'{self.name} did not count')
+            assert self.console.first is not None
+            return self.console.first
 
     def mark(self) -> None:
         """Measure longest_silence() from now on."""

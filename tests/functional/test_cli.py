@@ -92,6 +92,7 @@ class CommandLineTest(CommandTestCase):
         self.assertEqual(
             {'backup': {'serves': True, 'obstacle': None},
              'cold': {'serves': True, 'obstacle': None},
+             'domain': {'serves': True, 'obstacle': None},
              'live': {'serves': True, 'obstacle': None}},
             json.loads(done.stdout)['flows'])
         guest.domain.destroy()
@@ -120,7 +121,8 @@ class CommandLineTest(CommandTestCase):
         for code, words, said in (
                 (cli.NO_DOMAIN, ('flows', 'nobody'), 'no domain nobody'),
                 (cli.REFUSED, (*create, '--to', self.images, '--flow',
-                               'warm'), 'installed are backup, cold, live'),
+                               'warm'),
+                 'installed are backup, cold, domain, live'),
                 (cli.REFUSED, (*create, '--to', self.images / 'none'),
                  'must be an existing directory'),
                 (cli.REFUSED, (*create, '--to', self.images, '--name',

@@ -43,14 +43,14 @@ EVERY = int(os.environ.get('KILLED_EVERY', '6'))
 
 # Takes a snapshot, and stops at the step of a number for the test to kill it;
 # at 0 it takes all steps, and says what they are.
-_TAKE = textwrap.dedent('''
+STOPPING = textwrap.dedent('''
     import sys, time
     import libvirt
     from nova_snapshot_ext import guest as guests, host, request, selection
     from nova_snapshot_ext import snapshot, undo
     from nova_snapshot_ext.images import base, directory
 
-    uri, uuid, flow, staging, state, images, last = sys.argv[1:]
+    last = sys.argv[-1]
     step = 0
 
     def reached(what):
@@ -84,9 +84,13 @@ _TAKE = textwrap.dedent('''
         setattr(guests.Guest, name, call)
     for name in ('save_memory', 'start', 'resume', 'suspend', 'begin_backup',
                  'end_backup', 'start_copy', 'end_block_job',
-                 'freeze_filesystems', 'thaw_filesystems'):
+                 'freeze_filesystems', 'thaw_filesystems', 'destroy',
+                 'take_domain_snapshot', 'define_domain_snapshot',
+                 'forget_domain_snapshot', 'revert_to'):
         noted(name)
-
+''')
+TAKE = STOPPING + textwrap.dedent('''
+    uri, uuid, flow, staging, state, images, last = sys.argv[1:]
     ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
 ''') + test_flows.WANTED + textwrap.dedent('''\
     planned = snapshot.plan(
@@ -99,7 +103,11 @@ _TAKE = textwrap.dedent('''
 ''')
 
 
-class KilledTest(test_flows.SnapshotTestCase):
+class KilledTestCase(test_flows.SnapshotTestCase):
+    """Kills who works on a guest, and sees what becomes of it."""
+
+    #: takes a snapshot
+    script = TAKE
 
     def setUp(self) -> None:
         os.environ.setdefault('OS_TEST_TIMEOUT', '1500')
@@ -111,7 +119,7 @@ class KilledTest(test_flows.SnapshotTestCase):
     def _taking(self, guest: guests.Guest, flow: str,
                 last: int) -> 'subprocess.Popen[str]':
         process = subprocess.Popen(
-            [sys.executable, '-c', _TAKE, self.libvirtd.uri, guest.uuid,
+            [sys.executable, '-c', self.script, self.libvirtd.uri, guest.uuid,
              flow, str(self.staging), str(self.state), str(self.images),
              str(last)], stdout=subprocess.PIPE, text=True)
         self.addCleanup(self._end, process)
@@ -201,6 +209,9 @@ class KilledTest(test_flows.SnapshotTestCase):
         self.assertEqual(expect, done.returncode, done.stderr)
         self.assertNotIn('Traceback', done.stderr)
         return done.stdout
+
+
+class KilledTest(KilledTestCase):
 
     def _start_s(self, guest: guests.Guest) -> float:
         """Seconds that libvirt takes to start it from its saved memory."""

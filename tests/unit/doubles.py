@@ -32,6 +32,8 @@ class QemuImg:
         self.path = ''
         self.snapshots: list[str] = []
         self.size = 4096
+        #: those that the file was made as, in order
+        self.applied: list[str] = []
         #: actions that fail: ``-c``, ``-d``, ``monitor``, ``create`` …
         self.fails: set[str] = set()
         #: says that it deleted, and did not
@@ -75,6 +77,9 @@ class QemuImg:
         if action == '-c':
             self.path = opened['file']['filename']
             self.snapshots.append(name)
+        elif action == '-a':
+            assert name in self.snapshots, name
+            self.applied.append(name)
         else:
             self._deleted(name)
 
@@ -88,6 +93,11 @@ class QemuImg:
             return json.dumps({'return': [{
                 'drv': 'qcow2', 'node-name': 'node',
                 'image': self._info()}]})
+        if command['execute'] == 'transaction':
+            self.journal.append('take by monitor')
+            self.snapshots += [each['data']['name'] for each in
+                               command['arguments']['actions']]
+            return '{"return": {}}'
         self.before_delete()
         if 'monitor' in self.fails:
             return json.dumps({'error': {'desc': 'it stops'}})

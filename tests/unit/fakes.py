@@ -67,6 +67,9 @@ class FakeConnection:
     def __init__(self, *domains: 'FakeDomain') -> None:
         self.domains = domains
         self.secrets: set[str] = set()
+        self.host_cpu = '<cpu><model>host</model></cpu>'
+        self.machines_gone: set[str] = set()
+        self.cpu_compares = libvirt.VIR_CPU_COMPARE_SUPERSET
         self.closed = False
 
     def _find(self, field: str, value: str) -> 'FakeDomain':
@@ -87,8 +90,39 @@ class FakeConnection:
         if uuid not in self.secrets:
             raise libvirt_error(libvirt.VIR_ERR_NO_SECRET)
 
+    def getCapabilities(self) -> str:
+        return f'<capabilities><host>{self.host_cpu}</host></capabilities>'
+
+    def getDomainCapabilities(self, *what: str | None) -> str:
+        if what[2] in self.machines_gone:
+            raise libvirt_error(libvirt.VIR_ERR_INVALID_ARG,
+                                'no such machine')
+        return '<domainCapabilities/>'
+
+    def compareHypervisorCPU(self, *what: str | None) -> int:
+        return self.cpu_compares
+
     def close(self) -> None:
         self.closed = True
+
+
+class FakeDomainSnapshot:
+    """A virDomainSnapshot."""
+
+    def __init__(self, domain: 'FakeDomain', name: str) -> None:
+        self._domain = domain
+        self._name = name
+
+    def getName(self) -> str:
+        return self._name
+
+    def getXMLDesc(self, flags: int = 0) -> str:
+        return self._domain.snapshots[self._name]
+
+    def delete(self, flags: int) -> None:
+        assert flags == libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY
+        self._domain._called('forget', self._name)
+        del self._domain.snapshots[self._name]
 
 
 class FakeDomain:
@@ -119,6 +153,11 @@ class FakeDomain:
         self.backup_flags = 0
         #: what QEMU does with the path of a backup's socket
         self.bind: collections.abc.Callable[[str], object] = make_socket
+        #: what libvirt knows of domain snapshots, XML by name
+        self.snapshots: dict[str, str] = {}
+        self.current_snapshot: str | None = None
+        #: state that it has after it went back
+        self.reverted_state = [libvirt.VIR_DOMAIN_RUNNING, 5]
         #: by a method's name: what it raises from now on
         self.errors: dict[str, Exception] = {}
         #: by a method's name: called before it does its work
@@ -282,6 +321,49 @@ class FakeDomain:
     def resume(self) -> None:
         self._called('resume')
         self.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+
+    def destroy(self) -> None:
+        self._called('destroy')
+        self.off(libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+
+    # Domain snapshots
+
+    def snapshotCreateXML(self, xml: str, flags: int) -> None:
+        root = ElementTree.fromstring(xml)
+        name = root.findtext('name', '')
+        if flags & libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE:
+            self._called('define', name)
+            self.snapshots[name] = xml
+            return
+        self._called('snapshotCreateXML')
+        ElementTree.SubElement(root, 'state').text = 'running'
+        root.append(ElementTree.fromstring(self.XMLDesc(0)))
+        self.snapshots[name] = ElementTree.tostring(root, encoding='unicode')
+        self.current_snapshot = name
+        if flags & libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_HALT:
+            self.journal.append('halted')
+            self.off(libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT)
+
+    def snapshotLookupByName(self, name: str,
+                             flags: int = 0) -> FakeDomainSnapshot:
+        if name not in self.snapshots:
+            raise libvirt_error(libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT)
+        return FakeDomainSnapshot(self, name)
+
+    def snapshotCurrent(self, flags: int = 0) -> FakeDomainSnapshot:
+        return self.snapshotLookupByName(self.current_snapshot or '')
+
+    def revertToSnapshot(self, snapshot: FakeDomainSnapshot,
+                         flags: int = 0) -> None:
+        self.off(libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT)
+        self.current_snapshot = None
+        self._called('revertToSnapshot', snapshot.getName())
+        self.current_snapshot = snapshot.getName()
+        self.number += 1
+        self.current_state = list(self.reverted_state)
+
+    def setTime(self, when: dict[str, int]) -> None:
+        self._called('setTime')
 
     # Devices
 

@@ -19,14 +19,17 @@ import fixtures
 import libvirt
 
 from nova_snapshot_ext.cmd import snapshot as cmd
+from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import rollback
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
 from tests.unit import base
 from tests.unit import fakes
+from tests.unit import test_domain_records
 
 RESULT = snapshot.Result(
     'live', 'staged', frozen.Consistency.CRASH, 0.25, 4096, 1.5, '/i/a.qcow2')
@@ -291,6 +294,92 @@ class TestCreate(CommandTestCase):
         self.assertEqual('1', os.environ['PYTHONSAFEPATH'])
 
 
+class TestDomainSnapshots(CommandTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.records = domain_records.Records(self.state, fakes.UUID)
+        self.done: list[tuple[typing.Any, ...]] = []
+        self.patch_name('nova_snapshot_ext.rollback.revert', self.revert)
+        self.patch_name('nova_snapshot_ext.domain_snapshot.delete',
+                        lambda *arguments: self.done.append(arguments))
+        for name, parent in ((test_domain_records.ONE, None),
+                             (test_domain_records.TWO,
+                              test_domain_records.ONE),
+                             (test_domain_records.THREE,
+                              test_domain_records.ONE)):
+            self.records.add(test_domain_records.record(name, parent))
+        self.records.set_current(test_domain_records.TWO)
+
+    def revert(self, *arguments: typing.Any) -> rollback.Result:
+        self.done.append(arguments)
+        return rollback.Result(domain_records.Rollback.MEMORY, 4.5)
+
+    def test_wish_is_passed_on(self) -> None:
+        self.create('--name', 'mine')
+        self.create('--no-memory')
+        first, second = (taken[3].domain for taken in self.taken)
+        self.assertEqual((True, 'mine', 8, 100), (
+            first.memory, first.title, first.most, first.most_gb))
+        self.assertFalse(second.memory)
+        self.assertEqual(self.taken[1][5].name, second.title)
+
+    def test_tree_shows_where_the_guest_is(self) -> None:
+        self.assertEqual(0, self.run_command('tree', fakes.UUID))
+        self.assertEqual(
+            'title a: memory, 2026-01-01T00:00:00Z, image-a\n'
+            '  title b: memory, 2026-01-01T00:00:01Z, image-b\n'
+            '    (now)\n'
+            '  title c: memory, 2026-01-01T00:00:02Z, image-c\n',
+            self.out.getvalue())
+        self.records.set_current(None)
+        self.run_command('tree', fakes.UUID)
+        self.assertEqual('(now)', self.out.getvalue().splitlines()[-1])
+        self.run_command('tree', fakes.UUID, '--json')
+        found = json.loads(self.out.getvalue())
+        self.assertIsNone(found['current'])
+        self.assertEqual(['title a', 'title b', 'title c'], [
+            each['title'] for each in found['snapshots']])
+        self.records.forget()
+        self.run_command('tree', fakes.UUID)
+        self.assertEqual('', self.out.getvalue())
+
+    def test_one_is_chosen_by_title_name_or_image(self) -> None:
+        for which in ('title b', test_domain_records.TWO, 'image-b'):
+            for command in ('revert', 'delete'):
+                self.assertEqual(
+                    0, self.run_command(command, fakes.UUID, which))
+                self.assertIn('title b', self.out.getvalue())
+                guest, record = self.done.pop()[:2]
+                self.assertEqual((fakes.UUID, test_domain_records.TWO),
+                                 (guest.uuid, record.name))
+
+    def test_result_is_one_json_document(self) -> None:
+        self.run_command('revert', fakes.UUID, 'title a', '--json')
+        self.assertEqual(
+            {'domain': 'instance-00000001', 'title': 'title a',
+             'name': test_domain_records.ONE, 'rollback': 'memory',
+             'guest_pause_s': 4.5}, json.loads(self.out.getvalue()))
+
+    def test_one_that_is_not_there_is_refused(self) -> None:
+        for command in ('revert', 'delete'):
+            self.assertEqual(cmd.REFUSED, self.run_command(
+                command, fakes.UUID, 'title d'))
+            self.assertIn('has title a, title b, title c',
+                          self.err.getvalue())
+        self.assertEqual([], self.done)
+
+    def test_novas_guest_is_left_to_nova(self) -> None:
+        self.domain.rest = TestRecover.NOVA
+        for command in ('revert', 'delete'):
+            words = (command, fakes.UUID, 'title a')
+            self.assertEqual(cmd.REFUSED, self.run_command(*words))
+            self.assertIn('openstack server rebuild', self.err.getvalue())
+            self.assertEqual([], self.done)
+            self.assertEqual(0, self.run_command(*words, '--force'))
+            self.done.clear()
+
+
 class TestNovasGuest(CommandTestCase):
 
     def setUp(self) -> None:
@@ -341,8 +430,9 @@ class TestExitCodes(CommandTestCase):
         self.assertFailed(cmd.FAILED, 'no socket')
 
     def test_unknown_flow(self) -> None:
-        self.assertFailed(cmd.REFUSED, 'installed are backup, cold, live',
-                          '--flow', 'warm')
+        self.assertFailed(
+            cmd.REFUSED, 'installed are backup, cold, domain, live',
+            '--flow', 'warm')
 
     def test_flow_that_can_not_serve(self) -> None:
         self.domain.off()
@@ -386,11 +476,15 @@ class TestExitCodes(CommandTestCase):
 
 class TestFlows(CommandTestCase):
 
+    NO_QCOW2 = ('vda can not hold an internal snapshot: that takes a qcow2 '
+                'file which is not shared, transient or encrypted')
+
     def test_each_flow_says_whether_it_can_serve(self) -> None:
         self.domain.off()
         self.assertEqual(0, self.run_command('flows', 'instance-00000001'))
         self.assertEqual(
             'backup: the guest is shut off\ncold: can serve\n'
+            f'domain: {self.NO_QCOW2}\n'
             'live: the guest is shut off\n',
             self.out.getvalue())
 
@@ -401,6 +495,7 @@ class TestFlows(CommandTestCase):
             {'backup': {'serves': False,
                         'obstacle': 'the guest is shut off'},
              'cold': {'serves': True, 'obstacle': None},
+             'domain': {'serves': False, 'obstacle': self.NO_QCOW2},
              'live': {'serves': False, 'obstacle': 'the guest is shut off'}},
             json.loads(self.out.getvalue())['flows'])
 

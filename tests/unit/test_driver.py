@@ -448,7 +448,8 @@ class TestChoice(DriverTestCase):
         self.config(request_flows=['warm'], group='snapshot_ext')
         self.api.image['properties']['snapshot_flow'] = 'warm'
         self.assertRaisesRegex(
-            nova_exception.NovaException, 'cold, live', self.snapshot)
+            nova_exception.NovaException, 'cold, domain, live',
+            self.snapshot)
 
     def test_livesnapshot_can_be_switched_off(self) -> None:
         self.config(disable_libvirt_livesnapshot=True, group='workarounds')
@@ -610,6 +611,25 @@ class TestDescription(DriverTestCase):
     def test_request_is_for_one_snapshot(self) -> None:
         self.assertIn('snapshot_flow',
                       self.described(snapshot_flow='cold').removed)
+
+    def test_domain_snapshot_is_described(self) -> None:
+        self.config(max_domain_snapshots=3, max_domain_snapshots_gb=7,
+                    group='snapshot_ext')
+        self.assertIn('snapshot_memory', self.described(
+            snapshot_memory='False').removed)
+        self.assertEqual(
+            requests.DomainSnapshot(
+                memory=False, image_id=uuids.image, title='snap', most=3,
+                most_gb=7), self.taken[-1]['request'].domain)
+
+    def test_memory_is_kept_or_not(self) -> None:
+        self.described()
+        self.assertTrue(self.taken[-1]['request'].domain.memory)
+        self.instance.task_state = 'image_snapshot'
+        error = self.assertRaises(
+            nova_exception.NovaException, self.described,
+            snapshot_memory='perhaps')
+        self.assertIn('must be true or false', str(error))
 
     def test_request_of_the_instances_own_image_stays(self) -> None:
         self.instance.system_metadata = {'image_snapshot_flow': 'cold'}

@@ -59,7 +59,7 @@ class TestDelete(InternalSnapshotTestCase):
         self.qemu_img.snapshots.remove(MINE)
         self.domain.off()
 
-        def end(argument: str, what: str) -> None:
+        def end(argument: str, what: str, program: str) -> None:
             self.journal.append(f'end {argument}')
             self.qemu_img.snapshots.append(argument)
         self.patch_name('nova_snapshot_ext.processes.end', end)

@@ -283,7 +283,7 @@ class TestEnd(StreamTestCase):
     def test_process_that_can_not_be_ended_is_an_error(self) -> None:
         self.patch_name('nova_snapshot_ext.processes._END_TIMEOUT_S', 0.1)
         self.patch_name('nova_snapshot_ext.processes.having',
-                        lambda argument: [2 ** 22 + 1])
+                        lambda argument, program: [2 ** 22 + 1])
         self.assertRaisesRegex(
             exception.UndoFailed, 'The mover 7 does not end',
             processes.end, '--token=7', 'mover 7')

@@ -37,7 +37,7 @@ class TestInstalled(base.TestCase):
 
     def test_what_exists_is_named_where_a_name_is_unknown(self) -> None:
         for namespace, installed in (
-                (plugins.FLOWS, 'cold, live'),
+                (plugins.FLOWS, 'cold, domain, live'),
                 (plugins.TRANSFERS, 'staged, streamed'),
                 (plugins.IMAGE_SERVICES, 'directory, glance')):
             self.assertRaisesRegex(

@@ -13,6 +13,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import nova_snapshot_ext
 from nova_snapshot_ext import mover_stream
@@ -36,6 +37,27 @@ try:
 except exception.CommandFailed as error:
     print(error)
 """
+
+
+class TestEnd(base.TestCase):
+
+    def start(self, program: str) -> 'subprocess.Popen[bytes]':
+        path = os.path.join(self.directory, program)
+        os.symlink('/bin/sleep', path)
+        process = subprocess.Popen([path, '60', '0.000123'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_other_programs_with_the_argument_go_on(self) -> None:
+        # QEMU has the name of the snapshot that it was started from.
+        other, meant = self.start('qemu'), self.start('qemu-img')
+        threading.Thread(target=meant.wait).start()     # reap it
+        processes.end('0.000123', 'a test', program='qemu-img')
+        self.assertEqual([other.pid], processes.having('0.000123'))
+        threading.Thread(target=other.wait).start()
+        processes.end('0.000123', 'a test')
+        self.assertEqual([], processes.having('0.000123'))
 
 
 class TestTooLong(base.TestCase):

@@ -137,4 +137,4 @@ class TestUnknownFlow(base.TestCase):
             self.guest, (), self.request())
         self.assertEqual(
             'flavor extra spec snapshot_ext:flow = warm is not valid: '
-            'installed are backup, cold, live', str(error))
+            'installed are backup, cold, domain, live', str(error))

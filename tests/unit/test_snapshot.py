@@ -57,6 +57,7 @@ class DemoFlow(flows.Flow):
         self.why: str | None = None
         self.bytes = 0
         self.by_guest = True
+        self.properties: dict[str, str] = {}
 
     def obstacle(self, guest: object, disks: object,
                  request: object) -> str | None:
@@ -82,7 +83,9 @@ class DemoFlow(flows.Flow):
                 tuple(frozen.FrozenDisk(disk.target, 4096, '/s', 'e')
                       for disk in disks),
                 frozen.Consistency.FILESYSTEM, pause,
-                why_lost=lambda: self.lost, by_guest=self.by_guest)
+                why_lost=lambda: self.lost, by_guest=self.by_guest,
+                properties=self.properties,
+                keep=lambda location: journal.append(f'keep {location}'))
         journal.append(f'released {self.name}')
 
 
@@ -227,6 +230,7 @@ class TestTake(SnapshotTestCase):
         self.assertEqual(
             ['guard', 'freeze demo', 'transfer vda', 'undo demo',
              'released demo', 'upload', 'publish', 'remove image',
+             'keep somewhere',
              'guard ends'], journal)
         self.assertEqual(
             ('demo', 'demo-transfer', frozen.Consistency.FILESYSTEM, 5,
@@ -264,6 +268,23 @@ class TestTake(SnapshotTestCase):
         properties = {'snapshot_ext_flow': 'old'} | (
             snapshot.Result.properties('new', 't', frozen_))
         self.assertEqual('new', properties['snapshot_ext_flow'])
+
+    def test_what_the_flow_says_is_recorded(self) -> None:
+        flow = DemoFlow()
+        flow.properties = {'rollback': 'memory'}
+        self.take(flow)
+        self.assertEqual('memory', self.service.descriptions[0].properties[
+            'snapshot_ext_rollback'])
+
+    def test_what_the_flow_made_stays_once_the_image_is_whole(self) -> None:
+        self.take(DemoFlow())
+        self.assertEqual(
+            ['publish', 'keep somewhere'], journal.of('publish', 'keep'))
+        journal.clear()
+        self.service.error = exception.ImageServiceError('no')
+        self.assertRaises(
+            exception.ImageServiceError, self.take, DemoFlow())
+        self.assertEqual(['publish'], journal.of('publish', 'keep'))
 
     def test_hash_is_verified_if_it_is_asked_for(self) -> None:
         self.take()

@@ -196,6 +196,14 @@ class TestScope(UndoTestCase):
         inner.__exit__(None, None, None)
         self.assertEqual(['undo outer', 'undo inner'], journal)
 
+    def test_what_outlives_its_scope_goes_with_the_log(self) -> None:
+        with self.new_log() as log:
+            with log.scope():
+                log.push(demo_undo, what='stays').outlive_scope()
+                log.push(demo_undo, what='goes')
+            self.assertEqual(['undo goes'], journal)
+        self.assertEqual(['undo goes', 'undo stays'], journal)
+
     def test_push_after_an_inner_scope_belongs_to_the_outer_one(self) -> None:
         log = self.new_log()
         with log.scope():

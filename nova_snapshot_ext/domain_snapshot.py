@@ -1,0 +1,354 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Domain snapshots: of all disks of a guest at one instant, that stay.
+
+Each qcow2 file of the guest has an internal snapshot of the same name; with
+memory, libvirt and QEMU put that into the first of them. libvirt's metadata of
+it is taken from libvirt at once and kept by us.
+"""
+
+import collections.abc
+import dataclasses
+import datetime
+import os
+import time
+from xml.etree import ElementTree
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import internal_snapshot
+from nova_snapshot_ext import power
+from nova_snapshot_ext import quiesce
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+
+_POLL_S = 0.1
+# A call of a dead owner has reached libvirt by then.
+_REACHED_S = 1.0
+
+
+def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
+    """The disks that are part of a domain snapshot.
+
+    A file beside the root disk of a guest of Nova's is a disk of its own; one
+    that is elsewhere is a volume, which nothing is written into.
+    """
+    root = os.path.dirname(guest.root_disk().path)
+    elsewhere = not guest.belongs_to_nova()
+    return tuple(
+        disk for disk in guest.disks()
+        if (disk.device == 'disk' and disk.path and not disk.block
+            and internal_snapshot.possible(disk)
+            and not (disk.readonly or disk.shared or disk.transient
+                     or disk.encrypted)
+            and (elsewhere or os.path.dirname(disk.path) == root)))
+
+
+def why_no_memory(guest: guests.Guest) -> str | None:
+    """What of a guest would not go back with its memory, None if all does."""
+    why = guest.why_not_savable()
+    if why is not None:
+        return why
+    if guest.host_devices():
+        return 'it has a device of the host, whose state can not be saved'
+    description = guest.description()
+    if description.find('./devices/tpm') is not None:
+        return 'it has a TPM, whose state would not go back with its memory'
+    if (description.find('./os/nvram') is not None
+            or description.find('./os/loader[@type="pflash"]') is not None):
+        return ('it has UEFI variables in pflash, which would not go back '
+                'with its memory')
+    if guest.has_console_password():
+        return ('it has a password for its console, which is not kept with '
+                'its memory')
+    held = held_disks(guest)
+    for disk in guest.disks():
+        if disk not in held and not disk.readonly and (
+                disk.path or disk.kind not in ('file', 'block')):
+            return (f'{disk.target} is not a qcow2 file of its own: it would '
+                    f'not go back with the memory, which would destroy the '
+                    f'file systems on it')
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A domain snapshot, until its image is whole."""
+
+    record: domain_records.Record
+    consistency: frozen.Consistency
+    #: deletes it
+    entry: undo.Entry
+    records: domain_records.Records
+
+    def properties(self) -> dict[str, str]:
+        """What its image says of it."""
+        found = {'instance': self.record.uuid,
+                 'rollback': self.record.rollback.value}
+        if self.record.parent is not None:
+            parent = self.records.find(self.record.parent)
+            if parent is not None:
+                found['parent'] = parent.image_id
+        return found
+
+    def keep(self, location: str) -> None:
+        """Have it stay.
+
+        :param location: of its image
+        """
+        self.records.add(dataclasses.replace(
+            self.record, image_id=self.record.image_id or location))
+        self.entry.drop()
+
+
+def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
+         pause: frozen.Pause) -> Taken:
+    """Take one, which its undo deletes again.
+
+    :param pause: gets the time for which the guest stands still
+    """
+    up = guest.state() is not guests.State.SHUTOFF
+    with_memory = up and request.domain.memory
+    name = internal_snapshot.new_name()
+    disks = held_disks(guest)
+    records = domain_records.Records(request.state_directory, guest.uuid)
+    entry = log.push(
+        delete_domain_snapshot, name=name, uuid=guest.uuid,
+        paths=[disk.path for disk in disks],
+        state_directory=request.state_directory)
+    domain_xml = ElementTree.tostring(
+        guest.description(), encoding='unicode')
+    taken_at = datetime.datetime.now(datetime.UTC)
+    consistency = frozen.Consistency.CRASH
+    if with_memory:
+        domain_xml = _with_memory(guest, name, disks, log, pause)
+    elif up:
+        consistency = _of_disks(guest, name, disks, request, log, pause)
+    else:
+        if guest.was_shut_down() and not guest.has_managed_save():
+            consistency = frozen.Consistency.STOPPED
+        for disk in disks:
+            internal_snapshot.make_named(disk.path, name, log)
+    record = domain_records.Record(
+        name=name, uuid=guest.uuid, image_id=request.domain.image_id,
+        title=request.domain.title, parent=records.current,
+        rollback=(domain_records.Rollback.MEMORY if with_memory
+                  else domain_records.Rollback.DISK),
+        taken_at=taken_at.isoformat(),
+        disks={disk.target: disk.path for disk in disks},
+        capacities={disk.target: guest.capacity(disk.target)
+                    for disk in disks},
+        domain_xml=domain_xml, host_cpu=guest.host_cpu(),
+        extra=request.domain.extra)
+    return Taken(record, consistency, entry, records)
+
+
+def _with_memory(guest: guests.Guest, name: str,
+                 disks: collections.abc.Sequence[disks_.Disk],
+                 log: undo.UndoLog, pause: frozen.Pause) -> str:
+    """:returns: the XML that libvirt would know it by"""
+    call = log.push(let_taking_end, name=name)
+    with pause.measured(), log.calling():
+        guest.take_domain_snapshot(description(guest, name, disks))
+    call.drop()
+    xml = guest.domain_snapshot(name)
+    if xml is None:
+        raise exception.FreezeFailed(
+            f'libvirt does not know the snapshot that it has just taken of '
+            f'{guest.name}')
+    guest.forget_domain_snapshot(name)
+    return xml
+
+
+def description(guest: guests.Guest, name: str,
+                disks: collections.abc.Sequence[disks_.Disk]) -> str:
+    """What libvirt is told to take: internal, with memory.
+
+    :param disks: that are part of it
+    """
+    root = ElementTree.Element('domainsnapshot')
+    ElementTree.SubElement(root, 'name').text = name
+    ElementTree.SubElement(root, 'memory', snapshot='internal')
+    element = ElementTree.SubElement(root, 'disks')
+    for disk in guest.disks():
+        ElementTree.SubElement(
+            element, 'disk', name=disk.target,
+            snapshot='internal' if disk in disks else 'no')
+    return ElementTree.tostring(root, encoding='unicode')
+
+
+def _of_disks(guest: guests.Guest, name: str,
+              disks: collections.abc.Sequence[disks_.Disk],
+              request: requests.Request, log: undo.UndoLog,
+              pause: frozen.Pause) -> frozen.Consistency:
+    """libvirt refuses that for a guest that is up; QEMU does not."""
+    guest.activate_disks()
+    actions = []
+    for disk in disks:
+        node = guest.format_node(disk.path)
+        if node is None:
+            raise exception.FreezeFailed(
+                f'QEMU of {guest.name} does not have {disk.path} open')
+        actions.append({'type': 'blockdev-snapshot-internal-sync',
+                        'data': {'device': node['node-name'], 'name': name}})
+    with quiesce.quiesced(guest, request, log, pause) as outcome:
+        guest.monitor('transaction', actions=actions)
+    return outcome.consistency
+
+
+@undo.step
+@undo.with_guest
+def let_taking_end(around: undo.Surroundings, guest: guests.Guest,
+                   name: str) -> None:
+    """Wait for a snapshot that a dead owner left libvirt to take, and see
+    that the guest goes on after it.
+    """
+    if around.owner_died:
+        _wait_for_call(
+            guest, lambda: guest.domain_snapshot(name) is not None)
+    if guest.is_paused_by_snapshot():
+        guest.resume()
+
+
+def _wait_for_call(guest: guests.Guest,
+                   is_over: collections.abc.Callable[[], bool]) -> None:
+    """Wait for a call of libvirt that a dead owner may have left under way.
+
+    :param is_over: asked while no job is seen; where it is not known to be,
+        the call may still wait for the domain's lock
+    :raises UndoFailed: if it does not end
+    """
+    begun = time.monotonic()
+    while True:
+        waited = time.monotonic() - begun
+        if guest.job() is None:
+            if is_over() or waited > power.LOCK_WAIT_S:
+                return
+        elif waited > power.SAVE_TIMEOUT_S:
+            raise exception.UndoFailed(
+                f'libvirt is still at work on {guest.name}')
+        time.sleep(_POLL_S)
+
+
+@undo.step
+def delete_domain_snapshot(around: undo.Surroundings, name: str, uuid: str,
+                           paths: list[str], state_directory: str) -> None:
+    """Delete one from the disks and from what is known of it.
+
+    :raises SnapshotError: if it is still there
+    """
+    internal_snapshot.check_name(name)
+    forget_domain_snapshot(around, name)
+    for path in paths:
+        internal_snapshot.delete_internal_snapshot(
+            around, path=path, name=name)
+    domain_records.Records(state_directory, uuid).remove(name)
+
+
+@undo.step
+def forget_domain_snapshot(around: undo.Surroundings, name: str) -> None:
+    """Have libvirt not know it any more: it would keep Nova from undefining
+    and from migrating the domain."""
+    internal_snapshot.check_name(name)
+    if not power.is_gone(around):
+        assert around.guest is not None
+        around.guest.forget_domain_snapshot(name)
+
+
+@undo.step
+def come_back(around: undo.Surroundings, target: str, safety: str,
+              paths: list[str], life: str | None, current: str | None,
+              uuid: str, state_directory: str) -> None:
+    """Bring a guest back that did not get where it was to go.
+
+    One that got there, and whose owner died before it could say so, stays
+    there.
+
+    :param target: the snapshot that it was to go back to
+    :param safety: the one that holds what it was
+    :param paths: of the disks that are in both
+    :param life: the guest's before, None if it was off
+    :param current: the snapshot that its state descended from
+    """
+    for name in (target, safety):
+        internal_snapshot.check_name(name)
+    if power.is_gone(around):
+        return
+    guest = around.guest
+    assert guest is not None
+    if around.owner_died:
+        if not around.rebooted:
+            _let_call_end(guest, life)
+        internal_snapshot.end_qemu_img(target)
+    if power.running_guest(around) is not None:
+        if (guest.life() == life or around.owner_died
+                or guest.domain_snapshot(target) is None
+                or guest.current_domain_snapshot() == safety):
+            return      # it was not taken down, is there, or is back
+        guest.destroy()         # it came up by halves
+    # Whoever finds it up after this leaves it alone.
+    domain_records.Records(state_directory, uuid).set_current(current)
+    _restore(around, guest, safety, paths)
+
+
+def _restore(around: undo.Surroundings, guest: guests.Guest, safety: str,
+             paths: list[str]) -> None:
+    """Have a guest that is off be what it was: with its memory, if that is
+    held and it may be started."""
+    if not around.rebooted and guest.domain_snapshot(safety) is not None:
+        with around.host.may_start() as allowed:
+            if allowed:
+                guest.revert_to(safety)
+                return
+    with around.host.undisturbed():
+        if power.running_guest(around) is None:
+            for path in paths:
+                internal_snapshot.apply_again(around, path, safety)
+
+
+def _let_call_end(guest: guests.Guest, life: str | None) -> None:
+    begun = time.monotonic()
+
+    def is_over() -> bool:
+        if guest.state() is guests.State.SHUTOFF:
+            return time.monotonic() - begun > _REACHED_S
+        return guest.life() != life
+    _wait_for_call(guest, is_over)
+
+
+def delete(guest: guests.Guest, record: domain_records.Record,
+           records: domain_records.Records, host: hosts.Host) -> None:
+    """Delete one from the disks of a guest, and its record.
+
+    Of a guest that is gone nothing is deleted: ``records.forget()`` is for
+    that.
+
+    :raises GuestBusy: if a snapshot, a rollback, or a job of it is under way
+    :raises UndoFailed: if it can't be deleted now; the next snapshot of the
+        guest, or recovery, tries it again
+    """
+    undo.finish_left_over(records.state_directory, guest, host)
+    with undo.UndoLog.create(records.state_directory, guest, host) as log:
+        job = guest.job()
+        if job is not None:
+            raise exception.GuestBusy(
+                f'Another job of {guest.name} is under way: {job}')
+        # What is no disk of the guest any more may be another's.
+        paths = {disk.path for disk in guest.disks()}
+        log.push(delete_domain_snapshot, name=record.name, uuid=record.uuid,
+                 paths=sorted(paths & set(record.disks.values())),
+                 state_directory=records.state_directory)

@@ -1,0 +1,115 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The flow ``domain``: a snapshot that stays, and can be rolled back to.
+
+A domain snapshot of the guest is taken, internal in its qcow2 files, with its
+memory or without. The image is read from it while the guest runs on. Once the
+image is whole the snapshot stays in the disks.
+"""
+
+import collections.abc
+import contextlib
+import os
+
+from nova_snapshot_ext import disk_source
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import domain_snapshot
+from nova_snapshot_ext.flows import base
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import quiesce
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+_GIB = 1024 ** 3
+
+
+class DomainFlow(base.Flow):
+    """Touches the guest for as long as its memory is saved, and its disks."""
+
+    def obstacle(self, guest: guests.Guest, disks: base.Disks,
+                 request: requests.Request) -> str | None:
+        state = guest.state()
+        if state is guests.State.OTHER:
+            return f'the guest is {state.value}'
+        if not guest.is_persistent():
+            return 'the guest is transient: it could not go back'
+        held = domain_snapshot.held_disks(guest)
+        targets = {disk.target for disk in held}
+        for disk in disks:
+            if disk.target not in targets:
+                return (f'{disk.target} can not hold an internal snapshot: '
+                        f'that takes a qcow2 file which is not shared, '
+                        f'transient or encrypted')
+        up = state is not guests.State.SHUTOFF
+        with_memory = up and request.domain.memory
+        return ((base.why_no_job_can_start(guest, held) if up else None)
+                or base.why_not_readable(disks)
+                or (_why_no_memory(guest, request) if with_memory
+                    else quiesce.obstacle(guest, request) if up else None)
+                or _why_no_room(guest, held, with_memory, request))
+
+    @contextlib.contextmanager
+    def freeze(
+            self, guest: guests.Guest, disks: base.Disks,
+            request: requests.Request, log: undo.UndoLog,
+    ) -> collections.abc.Iterator[frozen.Frozen]:
+        with log.scope(), contextlib.ExitStack() as stack:
+            # Asked while it runs: libvirt knows the chains then.
+            sources = [disk_source.DiskSource(guest, disk) for disk in disks]
+            sockets = workspace.make_socket_directory(request, log)
+            pause = frozen.Pause()
+            taken = domain_snapshot.take(guest, request, log, pause)
+            for source in sources:
+                source.snapshot = taken.record.name
+            yield frozen.Frozen(
+                tuple(stack.enter_context(source.serving(sockets, log))
+                      for source in sources),
+                taken.consistency, pause, properties=taken.properties(),
+                keep=taken.keep)
+            taken.entry.outlive_scope()
+
+
+def _why_no_memory(guest: guests.Guest,
+                   request: requests.Request) -> str | None:
+    if request.quiesce is requests.Quiesce.REQUIRED:
+        # They would be frozen after each rollback.
+        return ('the guest must be quiesced (os_require_quiesce), which a '
+                'snapshot with memory is not (snapshot_memory=false)')
+    why = domain_snapshot.why_no_memory(guest)
+    return None if why is None else f'{why} (snapshot_memory=false)'
+
+
+def _why_no_room(guest: guests.Guest, held: base.Disks, with_memory: bool,
+                 request: requests.Request) -> str | None:
+    wish = request.domain
+    records = domain_records.Records(
+        request.state_directory, guest.uuid).all()
+    if len(records) >= wish.most:
+        return (f'it has {len(records)} domain snapshots, and [snapshot_ext] '
+                f'max_domain_snapshots = {wish.most}: delete the image of one')
+    memory = guest.memory_bytes() if with_memory else 0
+    directory = os.path.dirname(held[0].path)
+    free = workspace.free_bytes(directory)
+    if free < memory:
+        return (f'its memory may take {memory} bytes in {directory}, where '
+                f'{free} are free')
+    size = sum(guest.capacity(disk.target) for disk in held)
+    taken = sum(os.stat(disk.path).st_blocks * 512 for disk in held)
+    if wish.most_gb and taken + memory - size > wish.most_gb * _GIB:
+        return (f'its disks of {size} bytes take {taken} on the host, and its '
+                f'memory may add {memory}; [snapshot_ext] '
+                f'max_domain_snapshots_gb = {wish.most_gb} is what may be '
+                f'beyond their size: delete the image of a domain snapshot')
+    return None

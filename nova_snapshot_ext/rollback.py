@@ -1,0 +1,296 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The recipe of a rollback: a guest goes back to a domain snapshot.
+
+Before anything else its present state is held in a snapshot like the one that
+it goes back to: with its memory, libvirt takes one and leaves the guest off;
+for disks alone, it is turned off and an internal snapshot is made. Whatever
+happens then, it comes up at one of the two instants, and at the old one if the
+rollback failed. That snapshot is deleted at the end.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import os
+import time
+from xml.etree import ElementTree
+
+from oslo_log import log as logging
+
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import domain_snapshot
+from nova_snapshot_ext import exception
+from nova_snapshot_ext.flows import base
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guard as guards
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import internal_snapshot
+from nova_snapshot_ext import power
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+LOG = logging.getLogger(__name__)
+
+# How long the guest agent may take to open its channel anew.
+_AGENT_S = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was done."""
+
+    rollback: domain_records.Rollback
+    #: seconds for which the guest did not run
+    guest_pause_s: float
+
+
+def is_there(guest: guests.Guest, record: domain_records.Record) -> bool:
+    """Whether every disk that a snapshot was taken of still holds it."""
+    running = power.running_guest(undo.Surroundings(guest, hosts.PlainHost()))
+    return all(internal_snapshot.has_snapshot(running, path, record.name)
+               for path in record.disks.values())
+
+
+def obstacle(guest: guests.Guest,
+             record: domain_records.Record) -> str | None:
+    """Say why a guest can't go back to a snapshot, or None.
+
+    Never touches the guest.
+
+    :returns: words that an operator understands
+    :raises GuestGone: if there is no guest any more
+    """
+    why = _why_not_now(guest) or _why_other_disks(guest, record)
+    if why is None and not is_there(guest, record):
+        why = 'its disks do not hold that snapshot any more'
+    if why is None and record.rollback is domain_records.Rollback.MEMORY:
+        why = _why_not_its_memory(guest, record)
+    return why
+
+
+def _why_not_now(guest: guests.Guest) -> str | None:
+    state = guest.state()
+    if state is guests.State.OTHER:
+        return f'the guest is {state.value}'
+    if not guest.is_persistent():
+        return 'the guest is transient: turned off, it would be gone'
+    if guest.has_managed_save():
+        return 'its memory is saved (suspended), and would be lost'
+    if state is guests.State.SHUTOFF:
+        return None
+    return base.why_no_job_can_start(guest, domain_snapshot.held_disks(guest))
+
+
+def _why_other_disks(guest: guests.Guest,
+                     record: domain_records.Record) -> str | None:
+    held = {disk.target: disk.path
+            for disk in domain_snapshot.held_disks(guest)}
+    for target, path in record.disks.items():
+        if held.get(target) != path:
+            return f'{target} is not the disk any more that it was, {path}'
+        size = guest.capacity(target)
+        if size != record.capacities[target]:
+            return (f'{target} was resized since, from '
+                    f'{record.capacities[target]} to {size} bytes')
+    if record.rollback is domain_records.Rollback.MEMORY:
+        for target in held:
+            if target not in record.disks:
+                return f'{target} was attached since'
+    return None
+
+
+def _why_not_its_memory(guest: guests.Guest,
+                        record: domain_records.Record) -> str | None:
+    why = domain_snapshot.why_no_memory(guest)
+    if why is not None:
+        return why
+    # libvirt's own words, kept by us.
+    then = ElementTree.fromstring(  # nosec B314
+        record.domain_xml).find('./domain')
+    if then is None:
+        return 'what is kept of it does not say what the domain was'
+    now = guest.description()
+    for what, path in (('memory', './memory'), ('CPUs', './vcpu')):
+        if then.findtext(path) != now.findtext(path):
+            return (f'its {what} were {then.findtext(path)} then and are '
+                    f'{now.findtext(path)} now')
+    if _interfaces(then) != _interfaces(now):
+        return 'it has other network interfaces than it had then'
+    if record.host_cpu and record.host_cpu != guest.host_cpu():
+        return 'the host has another CPU than the one that it was given then'
+    why = guest.why_host_can_not_run(then)
+    if why is not None:
+        return why
+    if guest.state() is not guests.State.SHUTOFF:
+        directory = os.path.dirname(next(iter(record.disks.values())))
+        free, memory = workspace.free_bytes(directory), guest.memory_bytes()
+        if free < memory:
+            return (f'its present memory may take {memory} bytes in '
+                    f'{directory} meanwhile, where {free} are free')
+    return None
+
+
+def _interfaces(domain: ElementTree.Element) -> set[str]:
+    return {mac.get('address', '') for mac in
+            domain.findall('./devices/interface/mac')}
+
+
+def revert(guest: guests.Guest, record: domain_records.Record,
+           records: domain_records.Records, host: hosts.Host,
+           agent_timeout: int = 10) -> Result:
+    """Have a guest go back to a snapshot.
+
+    With memory: it is up afterwards, running or paused as it was then. Disks
+    alone: it is started from them if it was up, and stays off if it was off.
+
+    :param host: its may_start() is asked before the guest is taken down, and
+        whenever it is started
+    :param agent_timeout: seconds for its guest agent to set its clock
+    :raises RollbackRefused: if it can't; the guest was not touched
+    :raises GuestBusy: if a snapshot, or a rollback, of it is under way
+    :raises SnapshotError: if it failed; the guest is as it was, or the undo
+        log says how it will be
+    """
+    undo.finish_left_over(records.state_directory, guest, host)
+    was_up = guest.life() is not None
+    way = _Way(guest, record, records, frozen.Pause())
+    try:
+        with contextlib.ExitStack() as stack:
+            guard = stack.enter_context(guards.Guard())
+            log = stack.enter_context(undo.UndoLog.create(
+                records.state_directory, guest, host))
+            why = obstacle(guest, record)
+            if why is not None:
+                raise exception.RollbackRefused(
+                    f'{guest.name} can not go back to {record.name}: {why}')
+            guard.watch(log)
+            way.go(log)
+    except exception.UndoFailed as error:
+        if not way.done:
+            raise
+        LOG.warning('%s went back to %s; what is left of that is tried '
+                    'again: %s', guest.name, record.name, error)
+    if record.rollback is domain_records.Rollback.MEMORY:
+        _set_clock(guest, agent_timeout)
+    pause_s = way.pause.seconds if was_up else 0.0
+    LOG.info('%s went back to %s of %s, %s; it did not run for %.2f s',
+             guest.name, record.name, record.taken_at, record.rollback.value,
+             pause_s)
+    return Result(record.rollback, pause_s)
+
+
+@dataclasses.dataclass
+class _Way:
+    """What the steps of one rollback share; see :func:`revert`."""
+
+    guest: guests.Guest
+    record: domain_records.Record
+    records: domain_records.Records
+    #: how long the guest did not run
+    pause: frozen.Pause
+    #: whether the guest is where it was to go
+    done: bool = False
+
+    def go(self, log: undo.UndoLog) -> None:
+        """Go, or come back; nothing of ours is left either way."""
+        self._log = log
+        self._life = self.guest.life()
+        self._safety = internal_snapshot.new_name()
+        self._paths = list(self.record.disks.values())
+        with log.scope():
+            if self.record.rollback is domain_records.Rollback.MEMORY:
+                self._with_memory()
+            else:
+                self._disks_alone()
+
+    def _with_memory(self) -> None:
+        name = self.record.name
+        self._log.push(domain_snapshot.forget_domain_snapshot, name=name)
+        with self._allowed_to_start():
+            back = self._push_way_back()
+            with self.pause.measured(), self._log.calling():
+                if self._life is None:
+                    self._hold_disks()
+                else:
+                    self.guest.take_domain_snapshot(
+                        domain_snapshot.description(
+                            self.guest, self._safety,
+                            domain_snapshot.held_disks(self.guest)),
+                        halt=True)
+                self.guest.define_domain_snapshot(self.record.domain_xml)
+                self.records.set_current(name)
+                self.guest.revert_to(name)
+            back.drop()
+            self.done = True
+
+    def _disks_alone(self) -> None:
+        paused = self.guest.state() is guests.State.PAUSED
+        with self._allowed_to_start(), self.pause.measured():
+            if self._life is not None:
+                self._log.push(
+                    power.start_again, life=self._life, paused=paused)
+                self.guest.destroy()
+            back = self._push_way_back()
+            self._hold_disks()
+            for path in self._paths:
+                internal_snapshot.apply_named(
+                    path, self.record.name, self._log)
+            self.records.set_current(self.record.name)
+            if self._life is not None:
+                self.guest.start(paused)
+            back.drop()
+            self.done = True
+
+    @contextlib.contextmanager
+    def _allowed_to_start(self) -> collections.abc.Iterator[None]:
+        with self._log.surroundings.host.may_start() as allowed:
+            if not allowed:
+                raise exception.RollbackRefused(
+                    f'{self.guest.name} is not ours to start: it is being '
+                    f'stopped or deleted')
+            yield
+
+    def _push_way_back(self) -> undo.Entry:
+        self._log.push(
+            domain_snapshot.delete_domain_snapshot, name=self._safety,
+            uuid=self.guest.uuid, paths=self._paths,
+            state_directory=self.records.state_directory)
+        return self._log.push(
+            domain_snapshot.come_back, target=self.record.name,
+            safety=self._safety, paths=self._paths, life=self._life,
+            current=self.records.current, uuid=self.guest.uuid,
+            state_directory=self.records.state_directory)
+
+    def _hold_disks(self) -> None:
+        for path in self._paths:
+            internal_snapshot.make_named(path, self._safety, self._log)
+
+
+def _set_clock(guest: guests.Guest, timeout_s: int) -> None:
+    """Its clock goes on from the time of the snapshot; nothing fails of it."""
+    try:
+        if not guest.has_agent() or guest.state() is guests.State.PAUSED:
+            return
+        deadline = time.monotonic() + _AGENT_S
+        while not guest.agent_connected():
+            if time.monotonic() > deadline:
+                LOG.info('The clock of %s is not set: its guest agent has '
+                         'not opened its channel', guest.name)
+                return
+            time.sleep(0.1)
+        with guest.agent_timeout(timeout_s):
+            guest.set_clock()
+    except exception.SnapshotError as error:
+        LOG.info('The clock of %s is not set: %s', guest.name, error)
