@@ -37,6 +37,7 @@ from oslo_utils import strutils
 
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import disk as disks
+from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
@@ -44,11 +45,14 @@ from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
+from nova_snapshot_ext import rebuilding
 from nova_snapshot_ext import reconcile
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rollback
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
+from nova_snapshot_ext import upkeep
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -80,6 +84,8 @@ _IN_FLIGHT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP,
               task_states.SHELVING_IMAGE_UPLOADING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
+
+_MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
 
@@ -158,6 +164,17 @@ class NovaHost:
             return False
         self._driver.cpu_api.power_up_for_instance(instance)
         return True
+
+
+class RebuildingHost(NovaHost):
+    """Nova's rights while it rebuilds a server: its guest is started
+    whatever the server was before, unless it is to go."""
+
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked((), _GOING_DOWN)
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked((), _GOING_DOWN)
 
 
 class ServerReport:
@@ -260,6 +277,93 @@ class SnapshotLibvirtDriver(
                      instance=instance)
             super().snapshot(context, instance, image_id, update_task_state)
 
+    def rebuild(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, *arguments: typing.Any,
+            network_info: typing.Any = None, evacuate: bool = False,
+            block_device_info: dict[str, typing.Any] | None = None,
+            preserve_ephemeral: bool = False,
+            reimage_boot_volume: bool = False, **others: typing.Any) -> None:
+        """Roll a server back to the domain snapshot of its new image.
+
+        :raises NotImplementedError: if there is none (any more), so that
+            Nova's own rebuild serves, from the image
+        :raises nova.exception.InstanceFaultRollback: if the server can't go
+            back; it is as it was
+        :raises nova.exception.InstanceNotFound: if it is being deleted
+        :raises nova.exception.NovaException: if its guest is not what it was
+            and not rolled back either
+        """
+        if evacuate or preserve_ephemeral or reimage_boot_volume:
+            raise NotImplementedError
+        records = domain_records.Records(state_directory(), instance.uuid)
+        record = rebuilding.record_of(records, instance)
+        if record is None:
+            raise NotImplementedError
+        with rebuilding.refusing(context, instance, record):
+            guest = self._guest_that_holds(instance, record)
+        if guest is None:
+            raise NotImplementedError
+        with compute_utils.EventReporter(
+                context, rebuilding.EVENT, CONF.host, instance.uuid):
+            rebuilding.roll_back(
+                context, instance, guest, record, records,
+                RebuildingHost(self, instance), block_device_info,
+                plug=lambda: self.plug_vifs(instance, network_info),
+                power_on=lambda: self.power_on(
+                    context, instance, network_info, block_device_info))
+
+    def _guest_that_holds(
+            self, instance: objects.Instance,
+            record: domain_records.Record) -> guests.Guest | None:
+        try:
+            guest = self._our_guest(instance)
+        except nova_exception.InstanceNotRunning:
+            return None
+        return guest if rollback.is_there(guest, record) else None
+
+    def cleanup(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, network_info: typing.Any,
+            block_device_info: dict[str, typing.Any] | None = None,
+            destroy_disks: bool = True, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        result = super().cleanup(
+            context, instance, network_info, block_device_info,
+            destroy_disks, *arguments, **others)
+        if destroy_disks:
+            self._upkeep.forget(instance.uuid)
+        return result
+
+    def migrate_disk_and_power_off(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, dest: str, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        if dest != self.get_host_ip_addr():
+            self._upkeep.delete_all(instance, _MOVES)
+        return super().migrate_disk_and_power_off(
+            context, instance, dest, *arguments, **others)
+
+    def live_migration(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        self._upkeep.delete_all(instance, _MOVES)
+        return super().live_migration(
+            context, instance, *arguments, **others)
+
+    def manage_image_cache(
+            self, context: nova_context.RequestContext,
+            all_instances: typing.Any) -> None:
+        super().manage_image_cache(context, all_instances)
+        self._upkeep.delete_all_unwanted(context)
+
+    @property
+    def _upkeep(self) -> upkeep.Upkeep:
+        return upkeep.Upkeep(
+            state_directory(), self._our_guest,
+            lambda instance: NovaHost(self, instance))
+
     def process_instances_at_startup(
             self, context: nova_context.RequestContext,
             instances: typing.Any) -> typing.Any:
@@ -282,6 +386,9 @@ class SnapshotLibvirtDriver(
                       'not known, and nothing of it is undone: %s', error)
         for instance in instances:
             _forget_progress(instance)
+        threading.Thread(target=self._upkeep.delete_all_unwanted,
+                         args=(nova_context.get_admin_context(),),
+                         daemon=True).start()
         return instances
 
     def _finish(self, path: str, instance: objects.Instance | None,

@@ -129,7 +129,7 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     """
     try:
         outcome = dead.settle(
-            _glance(), record.snapshot, record.announced,
+            glance(), record.snapshot, record.announced,
             _DIED if CONF.snapshot_ext.dead_image == 'keep' else None,
             patient=waited < max(
                 _SAVING_S, CONF.snapshot_ext.answer_timeout))
@@ -180,7 +180,7 @@ def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
                     'ended: %s', snapshot.instance_uuid, error)
 
 
-def _glance() -> typing.Any:
+def glance() -> typing.Any:
     """Give openstacksdk's image proxy with rights of our own.
 
     :raises ImageServiceError: if there are none
