@@ -85,7 +85,7 @@ class Upkeep:
 
     def delete_all(self, instance: objects.Instance, why: str) -> None:
         """Delete the snapshots of a server that moves, as far as possible."""
-        self._delete(instance, lambda record: True, why)
+        self._delete(instance, self._known(instance), why)
 
     def delete_unwanted(self, instance: objects.Instance) -> None:
         """Delete the snapshots of a server whose images are gone."""
@@ -127,25 +127,36 @@ class Upkeep:
 
     def _delete_unwanted(self, instance: objects.Instance) -> None:
         """:raises ImageServiceError: if Glance gives no clear answer"""
-        self._delete(instance, _is_unwanted, 'its image was deleted')
+        known = self._known(instance)
+        if known:
+            glance = reconcile.glance()
+            self._delete(
+                instance, [record for record in known
+                           if record.extra.get(_SHOWN)
+                           and not presence.is_shown(
+                               glance, record.image_id)],
+                'its image was deleted')
+
+    def _known(self, instance: objects.Instance,
+               ) -> list[domain_records.Record]:
+        try:
+            return self._records(instance.uuid).all()
+        except exception.SnapshotError as error:
+            LOG.error('Its domain snapshots are left as they are: %s', error,
+                      instance=instance)
+            return []
 
     def _delete(self, instance: objects.Instance,
-                unwanted: collections.abc.Callable[
-                    [domain_records.Record], bool], why: str) -> None:
-        """Delete the unwanted ones; what can't be now is left for later.
-
-        :raises ImageServiceError: by the question for unwanted ones
-        """
+                unwanted: list[domain_records.Record], why: str) -> None:
+        """Delete what can be deleted now; the rest is left for later."""
         records = self._records(instance.uuid)
         try:
-            for record in filter(unwanted, records.all()):
+            for record in unwanted:
                 domain_snapshot.delete(
                     self._guest_of(instance), record, records,
                     self._host_of(instance))
                 LOG.info('The domain snapshot of image %s is deleted: %s',
                          record.image_id, why, instance=instance)
-        except exception.ImageServiceError:
-            raise
         except (exception.SnapshotError, OSError,
                 nova_exception.InstanceNotRunning) as error:
             LOG.warning('Domain snapshots that nobody wants stay for now: %s',
@@ -153,12 +164,6 @@ class Upkeep:
 
     def _records(self, uuid: str) -> domain_records.Records:
         return domain_records.Records(self._state_directory, uuid)
-
-
-def _is_unwanted(record: domain_records.Record) -> bool:
-    """:raises ImageServiceError: if Glance gives no clear answer"""
-    return bool(record.extra.get(_SHOWN)) and not presence.is_shown(
-        reconcile.glance(), record.image_id)
 
 
 def _say_unknown(error: exception.ImageServiceError) -> None:
