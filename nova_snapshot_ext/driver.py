@@ -57,6 +57,7 @@ from nova_snapshot_ext import upkeep
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
+DOMAIN_FLOW = 'domain'
 REQUEST_PROPERTY = 'snapshot_flow'
 #: whether the flow ``domain`` keeps the memory
 MEMORY_PROPERTY = 'snapshot_memory'
@@ -362,7 +363,9 @@ class SnapshotLibvirtDriver(
     def _upkeep(self) -> upkeep.Upkeep:
         return upkeep.Upkeep(
             state_directory(), self._our_guest,
-            lambda instance: NovaHost(self, instance))
+            lambda instance: NovaHost(
+                self, instance,
+                locked=instance.task_state == task_states.SHELVING))
 
     def process_instances_at_startup(
             self, context: nova_context.RequestContext,
@@ -458,7 +461,9 @@ class SnapshotLibvirtDriver(
             image['properties'].get(REQUEST_PROPERTY),
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
-        request = self._request(instance, guest.root_disk(), image)
+        request = self._request(
+            instance, guest.root_disk(), image,
+            self._for_rollback(instance, image_id, wished))
         # Nova shelves a server, and nothing else, under its lock.
         host = NovaHost(self, instance, locked=(
             record.snapshot.task_state == task_states.SHELVING))
@@ -482,6 +487,17 @@ class SnapshotLibvirtDriver(
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
+
+    def _for_rollback(self, instance: objects.Instance, image_id: str,
+                      wished: selection.Wish) -> dict[str, typing.Any]:
+        """What is kept with a snapshot that can be rolled back to.
+
+        Others that nobody wants any more make room for it.
+        """
+        if DOMAIN_FLOW not in wished.names:
+            return {}
+        self._upkeep.delete_unwanted(instance)
+        return rebuilding.remembered(instance) | upkeep.remembered(image_id)
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
@@ -509,7 +525,8 @@ class SnapshotLibvirtDriver(
             raise exception.SnapshotError(str(error)) from error
 
     def _request(self, instance: objects.Instance, disk: disks.Disk,
-                 image: dict[str, typing.Any]) -> requests.Request:
+                 image: dict[str, typing.Any],
+                 for_rollback: dict[str, typing.Any]) -> requests.Request:
         image_format = CONF.libvirt.snapshot_image_format or (
             'raw' if disk.block else disk.format)
         directory = CONF.libvirt.snapshots_directory
@@ -547,6 +564,7 @@ class SnapshotLibvirtDriver(
                 memory=_with_memory(image),
                 image_id=image['id'],
                 title=image['name'],
+                extra=for_rollback,
                 most=CONF.snapshot_ext.max_domain_snapshots,
                 most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
 
