@@ -17,6 +17,7 @@ import pathlib
 import re
 import time
 import typing as ty
+from xml.etree import ElementTree
 
 import fixtures
 from testtools import content
@@ -93,6 +94,20 @@ class DomainTestCase(base.CloudTestCase):
             self.assertEqual(getattr(before, name), getattr(after, name),
                              name)
 
+    def ports(self, server) -> list[tuple[str, ...]]:
+        """Its ports, as Neutron and as libvirt have them."""
+        devices = ElementTree.fromstring(self.domain_xml(server)).findall(
+            './devices/interface')
+        found = {mac.get('address', ''): target.get('dev', '')
+                 for device in devices
+                 if (mac := device.find('mac')) is not None
+                 and (target := device.find('target')) is not None}
+        for name in found.values():
+            self.assertTrue(pathlib.Path('/sys/class/net', name).exists())
+        return [(port.id, port.mac_address, found.pop(port.mac_address))
+                for port in self.cloud.network.ports(device_id=server.id)
+                ] + [('without a port', mac) for mac in found]
+
     def ended(self, server, event: str) -> dict[str, ty.Any]:
         """How something ended that was done to a server last."""
         return next(found for found in self.events(server)
@@ -109,13 +124,16 @@ class DomainTestCase(base.CloudTestCase):
 class RollBackTest(DomainTestCase):
 
     def test_server_goes_back_and_forth(self):
-        server = self.server()
+        server = self.server(network=self.network())
+        ports = self.ports(server)
+        self.assertEqual(1, len(ports))
         first, second, third = (self.take(server) for _ in range(3))
         self.roll_back(server, first)
         branch = self.take(server)
         self.roll_back(server, third)
         fourth = self.take(server)
         self.assertEqual(5, len(self.held(server)))
+        self.assertEqual(ports, self.ports(server))
         for image, parent in ((first, None), (second, first.id),
                               (third, second.id), (branch, first.id),
                               (fourth, third.id)):
