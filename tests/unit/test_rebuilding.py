@@ -53,12 +53,13 @@ class RebuildingTestCase(base.TestCase):
         self.records = domain_records.Records(self.state, fakes.UUID)
         self.records.add(self.record)
         servers.rebuild_by_api(self.server, servers.IMAGES[0])
-        self.patch_name('nova.objects.Instance.save', self.save_server)
+        self.patch_name('nova.objects.Instance.save',
+                        lambda server, **more: self.save_server(**more))
         self.spec: FakeSpec | Exception = FakeSpec(self.journal)
         self.patch_name('nova.objects.RequestSpec.get_by_instance_uuid',
-                        lambda context, uuid: self.get_spec())
+                        lambda kind, context, uuid: self.get_spec())
         self.patch_name('nova.objects.Instance.get_by_uuid',
-                        lambda context, uuid, expected_attrs: self.server)
+                        lambda kind, *what, **more: self.server)
         self.patch_name('nova_snapshot_ext.rollback.revert', self.revert)
         self.error: Exception | None = None
         self.afterwards = [libvirt.VIR_DOMAIN_RUNNING, 1]
@@ -201,7 +202,7 @@ class TestRefusal(RebuildingTestCase):
             servers.rebuild_by_api(self.server, servers.IMAGES[0])
             self.patch_name(
                 'nova.objects.Instance.get_by_uuid',
-                lambda context, uuid, expected_attrs, state=state:
+                lambda kind, *what, state=state, **more:
                 servers.new_server(task_state=state))
             self.assertRaises(
                 nova_exception.InstanceNotFound, self.roll_back)

@@ -39,7 +39,8 @@ class UpkeepTestCase(base.TestCase):
         self.server = servers.new_server()
         self.records = domain_records.Records(self.state, fakes.UUID)
         self.known: dict[str, objects.Instance] = {fakes.UUID: self.server}
-        self.patch_name('nova.objects.Instance.get_by_uuid', self.get)
+        self.patch_name('nova.objects.Instance.get_by_uuid',
+                        lambda kind, *what, **more: self.get(*what, **more))
         self.patch_name('nova_snapshot_ext.reconcile.glance',
                         lambda: 'proxy')
         self.gone: set[str] = set()
