@@ -203,8 +203,9 @@ def _put_back_request(context: nova_context.RequestContext,
                     instance=instance)
 
 
-def _why_not(instance: objects.Instance, record: domain_records.Record,
-            block_device_info: dict[str, typing.Any] | None) -> str | None:
+def _why_not(
+        instance: objects.Instance, record: domain_records.Record,
+        block_device_info: dict[str, typing.Any] | None) -> str | None:
     """What Nova knows that keeps a server from being rolled back, or None."""
     volumes = (block_device_info or {}).get('block_device_mapping')
     if volumes:
