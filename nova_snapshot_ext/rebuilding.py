@@ -140,8 +140,11 @@ def refusing(context: nova_context.RequestContext,
             put_back(context, instance, record)
             LOG.warning('It is not rolled back, and left as it was: %s',
                         error, instance=instance)
+            # As Nova does where a rebuild can't be: no fault of the service.
             raise nova_exception.InstanceFaultRollback(
-                nova_exception.NovaException(str(error))) from error
+                nova_exception.BuildAbortException(
+                    instance_uuid=instance.uuid,
+                    reason=str(error))) from error
 
 
 @contextlib.contextmanager
