@@ -248,6 +248,11 @@ The rights of the request that made the image died with nova-compute. These
 must suffice to see, change and delete images of any project: with Glance's
 own policy, those of a user with the role ``admin``.
 
+They are also asked whether the images of snapshots of the flow ``domain``
+still exist. These snapshots are deleted from the guest's disk when they are
+not shown an image any more that they were shown when it was made: they must
+not lose that right.
+
 Possible values:
 
 * the name of a group with the options of keystoneauth (``auth_type``,

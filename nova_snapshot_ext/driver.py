@@ -37,6 +37,7 @@ from oslo_utils import strutils
 
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import disk as disks
+from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
@@ -45,15 +46,19 @@ from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
+from nova_snapshot_ext import rebuilding
 from nova_snapshot_ext import reconcile
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import rollback
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
+from nova_snapshot_ext import upkeep
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
+DOMAIN_FLOW = 'domain'
 REQUEST_PROPERTY = 'snapshot_flow'
 #: whether the flow ``domain`` keeps the memory
 MEMORY_PROPERTY = 'snapshot_memory'
@@ -91,6 +96,8 @@ _GUARDS_TIMEOUT_S = 60.0
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
+
+_MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
 
@@ -250,6 +257,17 @@ class NovaHost:
                       instance_uuid=self._uuid)
 
 
+class RebuildingHost(NovaHost):
+    """Nova's rights while it rebuilds a server: its guest is started
+    whatever the server was before, unless it is to go."""
+
+    def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked((), _GOING_DOWN)
+
+    def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        return self._asked((), _GOING_DOWN)
+
+
 class ServerReport:
     """Shows a snapshot's progress as the server's, and looks whether it is
     being deleted, or its state was reset; with an Instance of its own, as
@@ -350,6 +368,96 @@ class SnapshotLibvirtDriver(
                      instance=instance)
             super().snapshot(context, instance, image_id, update_task_state)
 
+    def rebuild(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, *arguments: typing.Any,
+            network_info: typing.Any = None, evacuate: bool = False,
+            block_device_info: dict[str, typing.Any] | None = None,
+            preserve_ephemeral: bool = False,
+            reimage_boot_volume: bool = False, **others: typing.Any) -> None:
+        """Roll a server back to the domain snapshot of its new image.
+
+        :raises NotImplementedError: if there is none (any more), so that
+            Nova's own rebuild serves, from the image
+        :raises nova.exception.InstanceFaultRollback: if the server can't go
+            back; it is as it was
+        :raises nova.exception.InstanceNotFound: if it is being deleted
+        :raises nova.exception.NovaException: if its guest is not what it was
+            and not rolled back either
+        """
+        if evacuate or preserve_ephemeral or reimage_boot_volume:
+            raise NotImplementedError
+        records = domain_records.Records(state_directory(), instance.uuid)
+        record = rebuilding.record_of(records, instance)
+        if record is None:
+            raise NotImplementedError
+        with rebuilding.refusing(context, instance, record):
+            guest = self._guest_that_holds(instance, record)
+        if guest is None:
+            raise NotImplementedError
+        with compute_utils.EventReporter(
+                context, rebuilding.EVENT, CONF.host, instance.uuid):
+            rebuilding.roll_back(
+                context, instance, guest, record, records,
+                RebuildingHost(self, instance.uuid, instance,
+                               task_states.REBUILD_SPAWNING),
+                block_device_info,
+                plug=lambda: self.plug_vifs(instance, network_info),
+                power_on=lambda: self.power_on(
+                    context, instance, network_info, block_device_info))
+
+    def _guest_that_holds(
+            self, instance: objects.Instance,
+            record: domain_records.Record) -> guests.Guest | None:
+        try:
+            guest = self._our_guest(instance)
+        except nova_exception.InstanceNotRunning:
+            return None
+        return guest if rollback.is_there(guest, record) else None
+
+    def cleanup(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, network_info: typing.Any,
+            block_device_info: dict[str, typing.Any] | None = None,
+            destroy_disks: bool = True, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        result = super().cleanup(
+            context, instance, network_info, block_device_info,
+            destroy_disks, *arguments, **others)
+        if destroy_disks:
+            self._upkeep.forget(instance.uuid)
+        return result
+
+    def migrate_disk_and_power_off(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, dest: str, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        if dest != self.get_host_ip_addr():
+            self._upkeep.delete_all(instance, _MOVES)
+        return super().migrate_disk_and_power_off(
+            context, instance, dest, *arguments, **others)
+
+    def live_migration(
+            self, context: nova_context.RequestContext,
+            instance: objects.Instance, *arguments: typing.Any,
+            **others: typing.Any) -> typing.Any:
+        self._upkeep.delete_all(instance, _MOVES)
+        return super().live_migration(
+            context, instance, *arguments, **others)
+
+    def manage_image_cache(
+            self, context: nova_context.RequestContext,
+            all_instances: typing.Any) -> None:
+        super().manage_image_cache(context, all_instances)
+        self._upkeep.delete_all_unwanted(context)
+
+    @property
+    def _upkeep(self) -> upkeep.Upkeep:
+        return upkeep.Upkeep(
+            state_directory(), self._our_guest,
+            lambda instance: NovaHost(
+                self, instance.uuid, instance, instance.task_state))
+
     def process_instances_at_startup(
             self, context: nova_context.RequestContext,
             instances: typing.Any) -> typing.Any:
@@ -372,6 +480,9 @@ class SnapshotLibvirtDriver(
                       'not known, and nothing of it is undone: %s', error)
         for instance in instances:
             _forget_progress(instance)
+        threading.Thread(target=self._upkeep.delete_all_unwanted,
+                         args=(nova_context.get_admin_context(),),
+                         daemon=True).start()
         return instances
 
     def _finish(self, path: str, uuid: str,
@@ -445,7 +556,9 @@ class SnapshotLibvirtDriver(
             image['properties'].get(REQUEST_PROPERTY),
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
-        request = self._request(instance, guest.root_disk(), image)
+        request = self._request(
+            instance, guest.root_disk(), image,
+            self._for_rollback(instance, image_id, wished))
         # Who keeps the disk has a guest that runs on.
         caller = record.snapshot.task_state
         host = NovaHost(self, instance.uuid, instance, caller,
@@ -468,6 +581,17 @@ class SnapshotLibvirtDriver(
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
+
+    def _for_rollback(self, instance: objects.Instance, image_id: str,
+                      wished: selection.Wish) -> dict[str, typing.Any]:
+        """What is kept with a snapshot that can be rolled back to.
+
+        Others that nobody wants any more make room for it.
+        """
+        if DOMAIN_FLOW not in wished.names:
+            return {}
+        self._upkeep.delete_unwanted(instance)
+        return rebuilding.remembered(instance) | upkeep.remembered(image_id)
 
     def _our_guest(self, instance: objects.Instance) -> guests.Guest:
         """:raises nova.exception.InstanceNotRunning: if it has no domain"""
@@ -495,7 +619,8 @@ class SnapshotLibvirtDriver(
             raise exception.SnapshotError(str(error)) from error
 
     def _request(self, instance: objects.Instance, disk: disks.Disk,
-                 image: dict[str, typing.Any]) -> requests.Request:
+                 image: dict[str, typing.Any],
+                 for_rollback: dict[str, typing.Any]) -> requests.Request:
         image_format = CONF.libvirt.snapshot_image_format or (
             'raw' if disk.block else disk.format)
         directory = CONF.libvirt.snapshots_directory
@@ -534,6 +659,7 @@ class SnapshotLibvirtDriver(
                 memory=_with_memory(image),
                 image_id=image['id'],
                 title=image['name'],
+                extra=for_rollback,
                 most=CONF.snapshot_ext.max_domain_snapshots,
                 most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
 

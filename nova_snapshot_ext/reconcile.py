@@ -126,7 +126,7 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     """
     try:
         outcome = dead.settle(
-            _glance(), record.snapshot, record.announced,
+            glance(), record.snapshot, record.announced,
             _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
             # A store may take it as long as that of a living one.
             patient=waited < CONF.snapshot_ext.answer_timeout)
@@ -190,7 +190,7 @@ def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
                     'ended: %s', snapshot.instance_uuid, error)
 
 
-def _glance() -> typing.Any:
+def glance() -> typing.Any:
     """Give openstacksdk's image proxy with rights of our own.
 
     :raises ImageServiceError: if there are none

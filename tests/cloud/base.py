@@ -75,16 +75,31 @@ class CloudTestCase(testtools.TestCase):
 
     # Servers
 
+    def network(self) -> str:
+        """A network whose ports lead nowhere, until the test ends.
+
+        :returns: its id
+        """
+        created = self.cloud.network.create_network(
+            name=f'test-{uuid.uuid4().hex[:8]}')
+        self.addCleanup(self.cloud.network.delete_network, created)
+        self.cloud.network.create_subnet(
+            network_id=created.id, ip_version=4, cidr='192.0.2.0/24',
+            gateway_ip=None, enable_dhcp=False)
+        return ty.cast(str, created.id)
+
     def server(self, image: str = 'guest', flavor: str = 'tiny',
-               writing: bool = True) -> ty.Any:
+               writing: bool = True, network: str | None = None) -> ty.Any:
         """Boot a server, and wait until its guest writes."""
-        [created] = self.servers(1, image, flavor, writing)
+        [created] = self.servers(1, image, flavor, writing, network)
         return created
 
     def servers(self, count: int, image: str = 'guest',
-                flavor: str = 'tiny', writing: bool = True) -> list[ty.Any]:
+                flavor: str = 'tiny', writing: bool = True,
+                network: str | None = None) -> list[ty.Any]:
         """Boot servers at the same time."""
-        begun = [self._begin_server(image, flavor) for _ in range(count)]
+        begun = [self._begin_server(image, flavor, network)
+                 for _ in range(count)]
         created = [self.compute.wait_for_server(
             each, interval=0.5, wait=TIMEOUT_S) for each in begun]
         if writing:
@@ -92,9 +107,11 @@ class CloudTestCase(testtools.TestCase):
                 self.wait_writes(each)
         return created
 
-    def _begin_server(self, image: str, flavor: str) -> ty.Any:
+    def _begin_server(self, image: str, flavor: str,
+                      network: str | None) -> ty.Any:
         created = self.compute.create_server(
-            name=f'test-{uuid.uuid4().hex[:8]}', networks='none',
+            name=f'test-{uuid.uuid4().hex[:8]}',
+            networks=[{'uuid': network}] if network else 'none',
             image_id=self.cloud.image.find_image(
                 image, ignore_missing=False).id,
             flavor_id=self.compute.find_flavor(

@@ -56,7 +56,7 @@ class ReconcileTestCase(base.TestCase):
         self.answers: list[str | Exception] = ['image-1 is deleted']
         self.settled: list[tuple[typing.Any, ...]] = []
         self.patch_name('nova_snapshot_ext.images.dead.settle', self.settle)
-        self.patch_name('nova_snapshot_ext.reconcile._glance',
+        self.patch_name('nova_snapshot_ext.reconcile.glance',
                         lambda: 'proxy')
         self.now = 0.0
         self.patch_name('time.monotonic', lambda: self.now)
@@ -325,7 +325,7 @@ class TestCredentials(base.TestCase):
 
     def test_those_of_service_user_serve(self) -> None:
         self.configure('[service_user]\n' + self.AUTH.format('nova'))
-        proxy = reconcile._glance()
+        proxy = reconcile.glance()
         self.assertEqual('nova', self.user())
         self.assertIsNone(proxy.endpoint_override)
 
@@ -334,7 +334,7 @@ class TestCredentials(base.TestCase):
             '[snapshot_ext]\ndead_image_auth = cleaner\n'
             '[cleaner]\n' + self.AUTH.format('cleaner')
             + '[glance]\napi_servers = http://glance:9292/\n')
-        proxy = reconcile._glance()
+        proxy = reconcile.glance()
         self.assertEqual('cleaner', self.user())
         self.assertEqual('http://glance:9292/v2', proxy.endpoint_override)
 
@@ -343,8 +343,8 @@ class TestCredentials(base.TestCase):
         self.assertRaisesRegex(
             exception.ImageServiceError,
             r'dead_image_auth = service_user.*no auth_type',
-            reconcile._glance)
+            reconcile.glance)
         self.configure('[service_user]\nauth_type = telepathy\n')
         self.assertRaisesRegex(
             exception.ImageServiceError, 'does not sign on',
-            reconcile._glance)
+            reconcile.glance)

@@ -173,7 +173,7 @@ def _neutron(state: cloud_state.State) -> None:
                 'ml2': {
                     'type_drivers': 'local',
                     'tenant_network_types': 'local',
-                    'mechanism_drivers': '',
+                    'mechanism_drivers': 'tap',
                     'extension_drivers': '',
                 },
                 'oslo_concurrency': {'lock_path': data / 'lock'},
