@@ -35,8 +35,8 @@ from oslo_log import log as logging
 import oslo_messaging
 from oslo_utils import strutils
 
+from nova_snapshot_ext import checks
 from nova_snapshot_ext import conf
-from nova_snapshot_ext import disk as disks
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard as guards
@@ -44,6 +44,7 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
 from nova_snapshot_ext import rebuilding
@@ -51,6 +52,7 @@ from nova_snapshot_ext import reconcile
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
 from nova_snapshot_ext import selection
+from nova_snapshot_ext import settings
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import upkeep
@@ -63,7 +65,6 @@ REQUEST_PROPERTY = 'snapshot_flow'
 #: whether the flow ``domain`` keeps the memory
 MEMORY_PROPERTY = 'snapshot_memory'
 FLAVOR_SPEC = 'snapshot_ext:flow'
-_SERVED_VIRT_TYPES = ('kvm', 'qemu')
 # What somebody else has made of a guest that was up when we stopped it.
 _DOWN = (vm_states.STOPPED, vm_states.SUSPENDED, vm_states.SHELVED,
          vm_states.SHELVED_OFFLOADED, vm_states.SOFT_DELETED,
@@ -341,6 +342,7 @@ class SnapshotLibvirtDriver(
                  ', '.join(CONF.snapshot_ext.flows),
                  ', '.join(CONF.snapshot_ext.transfers),
                  CONF.snapshot_ext.image_service)
+        checks.say_at_start(CONF)
 
     def snapshot(self, context: nova_context.RequestContext,
                  instance: objects.Instance, image_id: str,
@@ -533,7 +535,7 @@ class SnapshotLibvirtDriver(
 
         :raises UnsafeDisk: if the disk is encrypted and must not be read
         """
-        if CONF.libvirt.virt_type not in _SERVED_VIRT_TYPES:
+        if CONF.libvirt.virt_type not in nova_interface.VIRT_TYPES:
             return f'[libvirt] virt_type is {CONF.libvirt.virt_type}'
         disk = self._our_guest(instance).root_disk()
         if disk.kind not in ('file', 'block'):
@@ -556,13 +558,21 @@ class SnapshotLibvirtDriver(
             image['properties'].get(REQUEST_PROPERTY),
             instance.flavor.extra_specs.get(FLAVOR_SPEC),
             CONF.snapshot_ext.flows, CONF.snapshot_ext.request_flows)
-        request = self._request(
-            instance, guest.root_disk(), image,
-            self._for_rollback(instance, image_id, wished))
-        # Who keeps the disk has a guest that runs on.
+        # Others than those have stopped the guest, and hold the lock under
+        # which we would start it again.
         caller = record.snapshot.task_state
+        kept = caller in _DISK_KEPT
+        request = settings.request(
+            CONF, guest.root_disk(), _quiesce(instance), may_stop=kept,
+            domain=requests.DomainSnapshot(
+                memory=_with_memory(image),
+                image_id=image['id'],
+                title=image['name'],
+                extra=self._for_rollback(instance, image_id, wished),
+                most=CONF.snapshot_ext.max_domain_snapshots,
+                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
         host = NovaHost(self, instance.uuid, instance, caller,
-                        stopped=caller not in _DISK_KEPT)
+                        stopped=not kept)
         service = _image_service(context, image_id, record.announce)
 
         def before_upload() -> None:
@@ -618,51 +628,6 @@ class SnapshotLibvirtDriver(
         except nova_exception.NovaException as error:
             raise exception.SnapshotError(str(error)) from error
 
-    def _request(self, instance: objects.Instance, disk: disks.Disk,
-                 image: dict[str, typing.Any],
-                 for_rollback: dict[str, typing.Any]) -> requests.Request:
-        image_format = CONF.libvirt.snapshot_image_format or (
-            'raw' if disk.block else disk.format)
-        directory = CONF.libvirt.snapshots_directory
-        with contextlib.suppress(OSError):
-            os.makedirs(directory, exist_ok=True)
-        disabled = {}
-        if CONF.workarounds.disable_libvirt_livesnapshot:
-            disabled['live'] = (
-                '[workarounds] disable_libvirt_livesnapshot is set')
-        return requests.Request(
-            image_format=image_format,
-            compress=CONF.libvirt.snapshot_compression,
-            quiesce=_quiesce(instance),
-            staging_directory=directory,
-            staging_setting='[libvirt] snapshots_directory',
-            scratch_directory=(
-                CONF.snapshot_ext.scratch_directory or directory),
-            state_directory=state_directory(),
-            socket_directory=(
-                CONF.snapshot_ext.socket_directory or state_directory()),
-            managed_save_directory=CONF.snapshot_ext.managed_save_directory,
-            freeze_timeout=CONF.snapshot_ext.freeze_timeout,
-            copy_timeout=CONF.snapshot_ext.copy_timeout,
-            convert_timeout=CONF.snapshot_ext.convert_timeout,
-            # Others have stopped the guest, and hold the lock under which
-            # we would start it again.
-            may_stop=instance.task_state in _DISK_KEPT,
-            disabled_flows=disabled,
-            on_scratch_full=CONF.snapshot_ext.on_scratch_full,
-            mover_python=CONF.snapshot_ext.mover_python,
-            bandwidth=CONF.snapshot_ext.bandwidth,
-            guest_share=CONF.snapshot_ext.guest_share,
-            read_timeout=CONF.snapshot_ext.read_timeout,
-            save_timeout=CONF.snapshot_ext.save_timeout,
-            domain=requests.DomainSnapshot(
-                memory=_with_memory(image),
-                image_id=image['id'],
-                title=image['name'],
-                extra=for_rollback,
-                most=CONF.snapshot_ext.max_domain_snapshots,
-                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
-
     def _description(self, instance: objects.Instance,
                      image: dict[str, typing.Any],
                      image_format: str) -> images.Description:
@@ -716,8 +681,7 @@ def _forget_progress(instance: objects.Instance) -> None:
 
 def state_directory() -> str:
     """Where undo logs are kept."""
-    return (CONF.snapshot_ext.state_directory
-            or os.path.join(CONF.state_path, 'snapshot-ext'))
+    return settings.state_directory(CONF)
 
 
 def _check_configuration() -> None:
@@ -725,15 +689,8 @@ def _check_configuration() -> None:
 
     Said at start, where an operator looks; snapshots say it again.
     """
-    group = CONF.snapshot_ext
-    for namespace, option, names in (
-            (plugins.FLOWS, 'flows', group.flows),
-            (plugins.FLOWS, 'request_flows', group.request_flows),
-            (plugins.TRANSFERS, 'transfers', group.transfers),
-            (plugins.IMAGE_SERVICES, 'image_service',
-             [group.image_service])):
-        for name in names:
-            plugins.load(namespace, name, f'[snapshot_ext] {option}')
+    for error in plugins.unknown(CONF.snapshot_ext):
+        raise error
 
 
 def _with_memory(image: dict[str, typing.Any]) -> bool:

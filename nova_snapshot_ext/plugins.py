@@ -12,6 +12,7 @@
 
 """Where flows, transfers and image services are found: stevedore."""
 
+import collections.abc
 import typing
 
 from oslo_log import log as logging
@@ -49,6 +50,24 @@ def load(namespace: str, name: str, setting: str) -> typing.Any:
     except ImportError as error:
         raise exception.InvalidSetting(
             setting, name, f'it can not be loaded: {error}') from error
+
+
+def unknown(group: typing.Any,
+            ) -> collections.abc.Iterator[exception.InvalidSetting]:
+    """What is wrong with the names in [snapshot_ext].
+
+    :param group: its options
+    """
+    for namespace, option, given in (
+            (FLOWS, 'flows', group.flows),
+            (FLOWS, 'request_flows', group.request_flows),
+            (TRANSFERS, 'transfers', group.transfers),
+            (IMAGE_SERVICES, 'image_service', [group.image_service])):
+        for name in given:
+            try:
+                load(namespace, name, f'[snapshot_ext] {option}')
+            except exception.InvalidSetting as error:
+                yield error
 
 
 def load_all() -> None:

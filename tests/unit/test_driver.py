@@ -663,6 +663,13 @@ class TestStart(DriverTestCase):
         self.assertIn('flows backup, live, cold, transfers streamed, staged, '
                       'image service glance', self.output.output)
 
+    def test_what_is_in_the_way_is_said_and_does_not_stop_it(self) -> None:
+        self.patch_name('nova_snapshot_ext.mover_stream.why_not',
+                        lambda python: 'it has no libnbd')
+        self.driver.init_host('compute-1')
+        self.assertIn('Programs: the transfer streamed can not serve: '
+                      'it has no libnbd', self.output.output)
+
     def test_names_that_stand_for_nothing_are_refused(self) -> None:
         for option, value in (('flows', ['live', 'warm']),
                               ('request_flows', ['warm']),
