@@ -25,7 +25,7 @@ from nova_snapshot_ext import conf as confs
 _UNFORESEEN = 255
 
 
-class Checks(upgradecheck.UpgradeCommands):  # type: ignore[misc]
+class Checks(upgradecheck.UpgradeCommands):
     """The checks, for oslo.upgradecheck to run."""
 
     display_title = 'nova_snapshot_ext on this host'

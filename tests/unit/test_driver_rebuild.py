@@ -142,11 +142,17 @@ class TestRebuild(RebuildTestCase):
 
 class TestRebuildingHost(RebuildTestCase):
 
+    def rebuilding_host(self) -> driver.RebuildingHost:
+        self.instance.task_state = task_states.REBUILD_SPAWNING
+        return driver.RebuildingHost(
+            self.driver, self.instance.uuid, self.instance,
+            task_states.REBUILD_SPAWNING)
+
     def test_guest_is_started_whatever_the_server_was(self) -> None:
         self.driver.cpu_api = type('API', (), {
             'power_up_for_instance': lambda api, instance:
             self.journal.append('cpus')})()
-        host = driver.RebuildingHost(self.driver, self.instance)
+        host = self.rebuilding_host()
         for vm_state in (vm_states.ACTIVE, vm_states.STOPPED,
                          vm_states.ERROR):
             self.instance.vm_state = vm_state
@@ -157,7 +163,7 @@ class TestRebuildingHost(RebuildTestCase):
         self.assertEqual(['cpus'] * 6, self.journal)
 
     def test_but_not_if_it_is_to_go(self) -> None:
-        host = driver.RebuildingHost(self.driver, self.instance)
+        host = self.rebuilding_host()
         self.instance.task_state = task_states.DELETING
         with host.may_start() as start:
             self.assertFalse(start)
