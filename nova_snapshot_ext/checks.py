@@ -308,6 +308,16 @@ def _uri(conf: cfg.ConfigOpts) -> str:
     return uri
 
 
+def checked(check: Check, conf: cfg.ConfigOpts) -> upgradecheck.Result:
+    """The result of a check, also of one that could not be made."""
+    try:
+        return check(conf)
+    except Exception as error:
+        return upgradecheck.Result(
+            upgradecheck.Code.FAILURE,
+            f'it could not be checked: {type(error).__name__}: {error}')
+
+
 #: what nova-compute says at its start where something is in the way; the
 #: rest it finds out for itself, or takes long
 _AT_START = ('Nova', 'Programs', 'Directories', 'Security modules')
@@ -317,7 +327,7 @@ def say_at_start(conf: cfg.ConfigOpts) -> None:
     """Log what deserves attention; nothing keeps nova-compute from starting.
     """
     for name in _AT_START:
-        result = ALL[name](conf)
+        result = checked(ALL[name], conf)
         if result.code is not upgradecheck.Code.SUCCESS:
             LOG.log(logging.ERROR
                     if result.code is upgradecheck.Code.FAILURE
@@ -336,6 +346,7 @@ def _shown(version: tuple[int, int, int]) -> str:
 
 def _nearest(path: str) -> str:
     """A directory, or the nearest parent of one that is missing."""
+    path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

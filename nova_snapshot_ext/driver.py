@@ -92,6 +92,10 @@ _STILL = (None, task_states.IMAGE_SNAPSHOT_PENDING, *_IN_FLIGHT,
 # How long Nova may hold an instance while we want to start its guest: who
 # holds it may be waiting for us.
 _LOCK_TIMEOUT_S = 60.0
+# For how long, and how often, a task state that was set for a moment is
+# cleared again where Nova does not answer.
+_CLEARING_S = 3600.0
+_CLEAR_AGAIN_S = 10.0
 # How long guards that are at work are waited for when nova-compute starts.
 _GUARDS_TIMEOUT_S = 60.0
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
@@ -189,6 +193,12 @@ class NovaHost:
         except nova_exception.InstanceNotFound:
             return None
         except oslo_messaging.MessagingException as error:
+            if self._instance is None or (
+                    self._thread != threading.get_ident()):
+                # What was known is no more than a guess by now.
+                raise exception.UndoFailed(
+                    f'Where server {self._uuid} is can not be asked: '
+                    f'{error}') from error
             # A guest does not stay off because nobody can be asked. Whoever
             # would decide otherwise has to come by here, and waits.
             LOG.warning('Its state is not known anew: %s', error,
@@ -245,17 +255,30 @@ class NovaHost:
             self._let_go(current, known)
 
     def _let_go(self, current: objects.Instance, known: bool) -> None:
-        current.task_state = None
-        try:
-            current.save(expected_task_state=[
-                task_states.IMAGE_SNAPSHOT, *[None] * (not known)])
-        except (nova_exception.InstanceNotFound,
-                nova_exception.UnexpectedTaskStateError):
-            pass        # it is being deleted, or was reset
-        except Exception as error:
-            LOG.error('Its task state stays %s, until nova-compute is started '
-                      'or it is reset: %s', task_states.IMAGE_SNAPSHOT, error,
-                      instance_uuid=self._uuid)
+        def clear() -> bool:
+            current.task_state = None
+            try:
+                current.save(expected_task_state=[
+                    task_states.IMAGE_SNAPSHOT, *[None] * (not known)])
+            except (nova_exception.InstanceNotFound,
+                    nova_exception.UnexpectedTaskStateError):
+                pass        # it is being deleted, or was reset
+            except Exception as error:
+                LOG.error('Its task state %s can not be cleared: %s',
+                          task_states.IMAGE_SNAPSHOT, error,
+                          instance_uuid=self._uuid)
+                return False
+            return True
+
+        def go_on() -> None:
+            deadline = time.monotonic() + _CLEARING_S
+            while time.monotonic() < deadline:
+                time.sleep(_CLEAR_AGAIN_S)
+                if clear():
+                    return
+
+        if not clear():
+            threading.Thread(target=go_on, daemon=True).start()
 
 
 class RebuildingHost(NovaHost):
@@ -561,6 +584,8 @@ class SnapshotLibvirtDriver(
         # Others than those have stopped the guest, and hold the lock under
         # which we would start it again.
         caller = record.snapshot.task_state
+        with contextlib.suppress(OSError):
+            os.makedirs(CONF.libvirt.snapshots_directory, exist_ok=True)
         kept = caller in _DISK_KEPT
         request = settings.request(
             CONF, guest.root_disk(), _quiesce(instance), may_stop=kept,

@@ -37,8 +37,11 @@ _END_SAVE_POLL_S = 1.0
 
 @undo.step
 @undo.with_guest
-def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
+def start_guest(around: undo.Surroundings, guest: guests.Guest,
+                was_running: bool = False) -> None:
     """Start a guest that we stopped.
+
+    A save that nobody waits for any more is ended, so that it runs on.
 
     :raises UndoFailed: if it is still being stopped
     """
@@ -47,8 +50,11 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest) -> None:
         waited = time.monotonic() - begun
         if not around.owner_died:
             return          # its owner knows how its call ended
+        guest.end_save()
         if guest.job() is None and waited > LOCK_WAIT_S:
             guest.remove_cut_save()
+            if was_running:
+                _resume_after_start(around, guest)
             return
         if waited > SAVE_TIMEOUT_S:
             raise exception.UndoFailed(
@@ -98,10 +104,15 @@ def let_run(around: undo.Surroundings, guest: guests.Guest,
                     and guest.has_managed_save()):
                 guest.start()
     elif was_running:
-        with around.host.may_resume() as allowed:
-            # Whoever paused it since has his reason.
-            if allowed and guest.is_paused_by_start():
-                guest.resume()
+        _resume_after_start(around, guest)
+
+
+def _resume_after_start(around: undo.Surroundings,
+                        guest: guests.Guest) -> None:
+    with around.host.may_resume() as allowed:
+        # Whoever paused it since has his reason.
+        if allowed and guest.is_paused_by_start():
+            guest.resume()
 
 
 def _wait_until_started(guest: guests.Guest) -> None:
@@ -207,7 +218,7 @@ class Stopped:
             self._devices.append(log.push(
                 attach_device, device=device, life=guest.life()))
             guest.detach(device)
-        self._start = log.push(start_guest)
+        self._start = log.push(start_guest, was_running=self._was_running)
         pause.begin()
         with _ended_in_time(guest, request), log.calling():
             guest.save_memory()

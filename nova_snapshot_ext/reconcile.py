@@ -78,7 +78,11 @@ def after_death(directory: str, instances: typing.Any) -> None:
             continue
         if record is not None:
             found.append(record)
-            _free(known.get(record.snapshot.instance_uuid), record.snapshot)
+            if record.failure is None:
+                # What failed was over: its server may have been asked for
+                # something else since.
+                _free(known.get(record.snapshot.instance_uuid),
+                      record.snapshot)
     if found:
         threading.Thread(target=_settle_all, args=(found,),
                          daemon=True).start()
@@ -107,7 +111,8 @@ def _free(instance: objects.Instance | None,
 
 def _settle_all(records: list[in_flight.Record]) -> None:
     for record in records:
-        _tell(record.snapshot, _why(record))
+        if record.failure is None:
+            _tell(record.snapshot, _why(record))
     begun = time.monotonic()
     wait_s = _RETRY_S
     while records:

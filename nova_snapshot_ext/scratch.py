@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 
 from oslo_log import log as logging
 
@@ -49,6 +50,9 @@ _STEP = 32 * 1024 ** 2
 # linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
 _FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+# How often it is asked whether it can be written to: an NFS client writes
+# back what it holds of the file then.
+_CHECK_S = 1.0
 # What a file system answers that takes no more writes: it was found damaged,
 # or its device is gone.
 _BROKEN = (errno.EROFS, errno.EIO, errno.EUCLEAN, errno.ENODEV)
@@ -83,6 +87,7 @@ class _File:
         self._size = self._bytes()
         self._growth = 0
         self._reserved = 0
+        self._checked_at = float('-inf')
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -91,7 +96,9 @@ class _File:
         """:raises OSError: if the room can't be had, or not be used; what was
             reserved before stays
         """
-        self._check_writable()
+        if time.monotonic() >= self._checked_at + _CHECK_S:
+            self._checked_at = time.monotonic()
+            self._check_writable()
         size = self._bytes()
         self._growth = max(self._growth, size - self._size)
         self._size = size

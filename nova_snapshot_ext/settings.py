@@ -12,7 +12,6 @@
 
 """What nova-compute's configuration says of a snapshot."""
 
-import contextlib
 import os
 import typing
 
@@ -39,8 +38,6 @@ def request(conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
     """
     group = conf.snapshot_ext
     directory = conf.libvirt.snapshots_directory
-    with contextlib.suppress(OSError):
-        os.makedirs(directory, exist_ok=True)
     disabled = {}
     if conf.workarounds.disable_libvirt_livesnapshot:
         disabled['live'] = (

@@ -85,7 +85,7 @@ def check_socket_parent(path: str) -> None:
     if os.path.lexists(path):
         check_directory(path, setting)
         return
-    parent = path
+    parent = os.path.abspath(path)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -118,6 +118,7 @@ def free_bytes(path: str) -> int:
 
     A directory that can't be looked at counts as its nearest parent.
     """
+    path = os.path.abspath(path)
     while True:
         try:
             room = os.statvfs(path)

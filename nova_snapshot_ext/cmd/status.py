@@ -12,7 +12,6 @@
 
 """``nova-snapshot-ext-status``: checks before a first start or an upgrade."""
 
-import collections.abc
 import functools
 import sys
 
@@ -34,22 +33,14 @@ class Checks(upgradecheck.UpgradeCommands):
         # Not sooner: it takes Nova, which may not be there.
         from nova_snapshot_ext import checks
 
+        def made(check: 'checks.Check', commands: Checks,
+                 ) -> upgradecheck.Result:
+            return checks.checked(check, conf)
+
         # It passes itself to each.
         self._upgrade_checks = tuple(
-            (name, functools.partial(_run, check, conf))
+            (name, functools.partial(made, check))
             for name, check in checks.ALL.items())
-
-
-def _run(check: collections.abc.Callable[
-        [cfg.ConfigOpts], upgradecheck.Result],
-        conf: cfg.ConfigOpts, commands: Checks) -> upgradecheck.Result:
-    try:
-        return check(conf)
-    except Exception as error:
-        # The others are worth running all the same.
-        return upgradecheck.Result(
-            upgradecheck.Code.FAILURE,
-            f'it could not be checked: {type(error).__name__}: {error}')
 
 
 def main(arguments: list[str] | None = None) -> int:

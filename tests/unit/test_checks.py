@@ -206,6 +206,21 @@ class TestHost(ChecksTestCase):
         self.assertResult(FAILURE, f'scratch_directory = {path} ',
                           checks.directories)
 
+    def test_path_that_is_not_absolute_has_an_end(self) -> None:
+        self.config(scratch_directory='no/such', socket_directory='nor/this',
+                    group='snapshot_ext')
+        checks.directories(self.conf)
+
+    def test_start_is_not_kept_up_by_a_check_that_breaks(self) -> None:
+        def stale(path: str) -> int:
+            raise OSError(116, 'Stale file handle')
+
+        self.patch_name('nova_snapshot_ext.checks.workspace.free_bytes',
+                        stale)
+        checks.say_at_start(self.conf)
+        self.assertIn('Directories: it could not be checked: OSError',
+                      self.output.output)
+
     def test_room(self) -> None:
         self.patch_name('nova_snapshot_ext.checks.workspace.free_bytes',
                         lambda path: 1024)

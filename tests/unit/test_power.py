@@ -129,6 +129,29 @@ class TestUndo(base.TestCase):
         power.start_guest(self.orphaned)
         self.assertEqual(['managedSaveRemove'], self.journal)
 
+    def test_save_that_nobody_waits_for_is_ended(self) -> None:
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.domain.job_operation = libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE
+
+        def tick(seconds: float) -> None:
+            self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
+            self.now += 10.0
+        self.patch_name('time.sleep', tick)
+        power.start_guest(self.orphaned)
+        self.assertEqual(['abortJob'], self.journal)
+
+    def test_guest_that_did_not_live_to_be_resumed_is(self) -> None:
+        def tick(seconds: float) -> None:
+            self.now += 10.0
+        self.patch_name('time.sleep', tick)
+        self.guest.save_memory()
+        self.guest.start(paused=True)
+        self.journal.clear()
+        power.start_guest(self.orphaned, was_running=False)
+        self.assertEqual([], self.journal.of('resume'))
+        power.start_guest(self.orphaned, was_running=True)
+        self.assertEqual(['resume'], self.journal.of('resume'))
+
     def test_save_without_end_is_tried_again_later(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
 
