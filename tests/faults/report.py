@@ -18,6 +18,7 @@ import pathlib
 
 from benchmarks import table
 from tests.faults import faults
+from tests.faults import known
 from tests.faults import plan
 from tests.faults import results
 
@@ -67,7 +68,8 @@ def by_fault(found: results.Results) -> table.Table:
                 str(sum(bool(each.harm) for each in tries)),
                 str(sum(not each.holds for each in tries))))
     return table.Table(
-        'by-fault', f'{summary(found)}; begun {found.begun}',
+        'by-fault', f'{summary(found)}; begun {found.begun}, '
+        f'{found.seconds / 60:.0f} minutes, {found.versions}',
         ('', 'Fault', 'Tries', 'The command line ended', 'Undone by', 'Image',
          's at most', 'Harmed', 'Fails'), rows)
 
@@ -118,9 +120,10 @@ def failing(found: results.Results) -> table.Table:
             kinds[each.fault, each.scenario.way, _first(what)].append(each)
     return table.Table(
         'failing', 'What did not hold',
-        ('Fault', 'Flow', 'Tries', 'Steps', 'What was wrong'),
+        ('Fault', 'Flow', 'Tries', 'Steps', 'What was wrong', 'Why'),
         [(fault, way, str(len(tries)),
-          ', '.join(sorted({each.step for each in tries})), what)
+          ', '.join(sorted({each.step for each in tries})), what,
+          known.why(tries[0], what) or 'not known')
          for (fault, way, what), tries in sorted(kinds.items())])
 
 

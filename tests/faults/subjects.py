@@ -144,14 +144,17 @@ class Subject:
             self.guest.domain.resume()
             self.guest.wait_writes_on()
 
-    def harm(self, leaves: str, ours: str) -> collections.abc.Iterator[str]:
+    def harm(self, leaves: str, ours: str,
+             patience_s: float = _STATE_TIMEOUT_S,
+             ) -> collections.abc.Iterator[str]:
         """What is wrong with it.
 
         :param leaves: the state that the fault leaves it in
         :param ours: what the paths of snapshots begin with
+        :param patience_s: in which it comes to that state
         """
         state = self.wait_state(
-            'running' if leaves == 'transient' else leaves)
+            'running' if leaves == 'transient' else leaves, patience_s)
         if leaves == 'transient':
             if state != 'running':
                 yield f'it is {state}'
@@ -177,7 +180,9 @@ class Subject:
         if self.kind.agent:
             frozen = self._freeze_status()
             if frozen != 'thawed':
+                # Nor does it write.
                 yield f'its file systems are {frozen}'
+                return
         try:
             self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
         except AssertionError as error:

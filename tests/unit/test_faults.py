@@ -15,10 +15,15 @@
 import dataclasses
 import pathlib
 import random
+import subprocess
+import sys
+import textwrap
 import typing
 
 from tests.faults import faults
 from tests.faults import harness
+from tests.faults import known
+from tests.faults import mutants
 from tests.faults import plan
 from tests.faults import report
 from tests.faults import results
@@ -132,6 +137,46 @@ class TestReport(base.TestCase):
             tried(2)])
         [row] = report.failing(found).rows
         self.assertEqual(('guard killed', 'backup', '2', 'step 1, step 3',
-                          '``process mover 7``'), row)
+                          '``process mover 7``', 'not known'), row)
         self.assertIn('3 faults, 0 guests harmed, 2 where',
                       report.summary(found))
+
+
+class TestKnown(base.TestCase):
+
+    def test_what_is_named_is_known_and_nothing_else(self) -> None:
+        self.patch(known, 'SHORTFALLS', (known.Shortfall(
+            'scratch read-only', ('backup',), 'job', 'QEMU is so'),))
+        bad = tried(1, 'scratch read-only', harm=('it has a job: 5',))
+        self.assertTrue(known.is_known(tried(1)))
+        self.assertTrue(known.is_known(bad))
+        self.assertEqual('QEMU is so', known.why(bad, bad.harm[0]))
+        for other in (dataclasses.replace(bad, fault='scratch full'),
+                      dataclasses.replace(bad, scenario=OTHER),
+                      dataclasses.replace(bad, wrong=('process mover 7',))):
+            self.assertFalse(known.is_known(other))
+
+
+class TestMutants(base.TestCase):
+
+    def test_each_undo_has_something_that_misses_it(self) -> None:
+        shown = {*mutants.ON_GUESTS, *mutants.BY_UNIT_TESTS}
+        self.assertEqual(mutants.undos(), shown)
+
+    def test_undo_that_is_taken_out_does_nothing(self) -> None:
+        script = textwrap.dedent('''
+            from nova_snapshot_ext import undo
+            from nova_snapshot_ext import workspace
+            function = undo._STEPS['remove_directory']
+            assert function is workspace.remove_directory
+            try:
+                function(None, path='/')
+            except ValueError:
+                print('refused')
+        ''')
+        for without, said in ((None, 'refused\n'), ('thaw', 'refused\n'),
+                              ('remove_directory', '')):
+            self.assertEqual(said, subprocess.run(
+                [sys.executable, '-c', script], check=True, text=True,
+                env=mutants.environment(without),
+                stdout=subprocess.PIPE).stdout)

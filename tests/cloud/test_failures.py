@@ -1,0 +1,190 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Snapshots whose nova-compute, Glance or token fails in the middle.
+
+Whatever it is: the server is as it was, no image has a part of the bytes, and
+the next snapshot works. What comes of a nova-compute that is killed, and of a
+server or an image that is deleted, is in test_snapshots.py.
+"""
+
+import datetime
+import json
+import os
+import signal
+import typing as ty
+
+import openstack
+
+from tests.cloud import base
+from tests.cloud import glance_proxy
+
+STREAMED = 'snapshot_ext.transfers=streamed'
+# All of the guest's disk, 256 MiB, is read and sent, which takes half a
+# minute.
+SLOW = (STREAMED, 'snapshot_ext.bandwidth=8',
+        'libvirt.snapshot_image_format=raw')
+VIRSH = ('virsh', '-c', 'qemu:///system')
+
+
+class FailureTestCase(base.CloudTestCase):
+
+    def assert_whole(self, server: ty.Any) -> None:
+        """The server runs, writes and is idle, and nothing is left."""
+        self.wait_status(server, 'ACTIVE')
+        self.wait_writes(server)
+        self.assertEqual('running', self.domain_state(server))
+        self.assertIn(server.id, base.run(
+            *VIRSH, 'list', '--persistent', '--uuid'))
+        self.assertEqual(['Job', 'type:', 'None'], base.run(
+            *VIRSH, 'domjobinfo', server.id).split())
+        self.assertEqual(0, self.compute.get_server(server.id).progress)
+        self.assertNotIn('snapshots', json.loads(base.run(
+            'qemu-img', 'info', '-U', '--output=json', '-f', 'qcow2',
+            self.disk(server))))
+        self.wait(lambda: not any(self.state_directory.iterdir()),
+                  'the undo log to go')
+        self.assert_host_is_clean()
+
+    def take(self, server: ty.Any) -> None:
+        """Take a snapshot that works."""
+        before = self.wait_writes(server)
+        image = self.snapshot(server)
+        self.assert_good(image, before, self.wait_writes(server))
+        self.assert_whole(server)
+
+
+class GlanceTest(FailureTestCase):
+    """Glance gets the half of an image, and then something happens."""
+
+    def test_uploads_that_are_refused_or_cut_off(self) -> None:
+        proxy = self.useFixture(glance_proxy.Proxy('127.0.0.1', 9292))
+        self.configure(STREAMED, f'glance.api_servers={proxy.url}')
+        server = self.server()
+        for status in (401, 403, 413, 500):
+            proxy.plan = [status]
+            details = self.refused_snapshot(server)
+            self.assertIn(f'{status}', details)
+            self.assertIn('Glance refused image', details)
+            self.assertEqual([], proxy.plan, status)
+            self.assert_whole(server)
+        # What may pass is tried again, with the same frozen disk.
+        for broken in (503, glance_proxy.CUT):
+            proxy.plan = [broken]
+            self.take(server)
+            self.assertEqual([], proxy.plan, broken)
+        proxy.plan = [503] * 20
+        self.assertIn('503', self.refused_snapshot(server))
+        self.assert_whole(server)
+        proxy.plan = [glance_proxy.CUT] * 20
+        self.assertIn(
+            'The connection to Glance', self.refused_snapshot(server))
+        self.assert_whole(server)
+        proxy.plan = []
+        self.take(server)
+
+
+class StoppedTest(FailureTestCase):
+
+    def test_nova_compute_is_stopped_during_a_snapshot(self) -> None:
+        self.configure(*SLOW)
+        server = self.server()
+        image_id = self.request_snapshot(server)
+        self.wait(lambda: self.cloud.image.get_image(
+            image_id).status == 'saving', 'the first bytes')
+        # SIGTERM: it goes on for a while, but not until the end of this.
+        base.run(base.TOOL, 'restart-compute')
+        self.wait_idle(server)
+        self.wait(lambda: self.cloud.image.find_image(
+            image_id, ignore_missing=True) is None, 'the image to go')
+        self.assert_whole(server)
+        self.why_failed(server)
+        self.take(server)
+
+
+class TokenTest(FailureTestCase):
+    """The token of the request runs out while the image is sent."""
+
+    # Seconds; what comes before the upload takes less, and the upload more.
+    LIFE_S = 20
+
+    def setUp(self) -> None:
+        super().setUp()
+        # What the test itself asks for is asked for with this one.
+        self.cloud.session.get_token()
+        self.configuration = base.ROOT / 'etc' / 'keystone' / 'keystone.conf'
+        text = self.configuration.read_text()
+        changed = text.replace(
+            '[token]\n', f'[token]\nexpiration = {self.LIFE_S}\n')
+        self.assertNotEqual(text, changed)
+        self.addCleanup(self._configure_keystone, text, False)
+        self._configure_keystone(changed, True)
+
+    def _configure_keystone(self, text: str, short: bool) -> None:
+        self.configuration.write_text(text)
+        process = json.loads(
+            (base.ROOT / 'run' / 'keystone.json').read_text())
+        # uWSGI starts its workers anew.
+        os.kill(process['pid'], signal.SIGHUP)
+        self.wait(lambda: self._is_short() is short, 'keystone')
+
+    def _is_short(self) -> bool | None:
+        """Whether a new token lives no longer than that, None if there is
+        none."""
+        try:
+            session = openstack.connect(cloud='small').session
+            access = session.auth.get_access(session)
+        except Exception:
+            return None
+        return bool(access.will_expire_soon(self.LIFE_S + 10))
+
+    def _request(self, server: ty.Any) -> str:
+        """:returns: the image's id"""
+        ours, self.compute = (
+            self.compute, openstack.connect(cloud='small').compute)
+        self.compute.default_microversion = ours.default_microversion
+        try:
+            return self.request_snapshot(server)
+        finally:
+            self.compute = ours
+
+    def test_token_beside_that_of_the_service(self) -> None:
+        self.configure(*SLOW)
+        server = self.server()
+        before = self.wait_writes(server)
+        image = self.wait_image(server, self._request(server))
+        self.assert_good(image, before, self.wait_writes(server))
+        self.assertGreater(self._took_s(server), self.LIFE_S)
+        self.assert_whole(server)
+
+    def test_token_alone(self) -> None:
+        self.configure(*SLOW, 'service_user.send_service_user_token=false')
+        server = self.server()
+        before = self.wait_writes(server)
+        image_id = self._request(server)
+        self.wait_idle(server)
+        after = self.wait_writes(server)
+        self.assertIn('401', self.why_failed(server))
+        self.assertGreater(self._took_s(server), self.LIFE_S)
+        self.assert_whole(server)
+        # With that token nobody can delete it; it has all of its bytes.
+        image = self.cloud.image.get_image(image_id)
+        self.assertEqual('active', image.status)
+        self.assert_good(image, before, after)
+
+    def _took_s(self, server: ty.Any) -> float:
+        """The seconds that the last snapshot took."""
+        event = next(event for event in self.events(server)
+                     if event['event'] == base.EVENT)
+        began, ended = (datetime.datetime.fromisoformat(event[name])
+                        for name in ('start_time', 'finish_time'))
+        return (ended - began).total_seconds()

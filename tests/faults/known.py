@@ -1,0 +1,60 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What does not hold, and why that is so.
+
+A guest that is harmed for a reason that is named here is counted as harmed all
+the same; a run fails for what is not named.
+"""
+
+import dataclasses
+import re
+
+from tests.faults import plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortfall:
+    """One thing that a fault does, and that nobody can undo.
+
+    :ivar fault: its name
+    :ivar ways: of the snapshot
+    :ivar what: that is wrong: a regular expression
+    :ivar why: for the documentation
+    """
+
+    fault: str
+    ways: tuple[str, ...]
+    what: str
+    why: str
+
+    def explains(self, tried: plan.Try, what: str) -> bool:
+        return (tried.fault == self.fault
+                and tried.scenario.way in self.ways
+                and re.search(self.what, what) is not None)
+
+
+SHORTFALLS: tuple[Shortfall, ...] = ()
+
+
+def why(tried: plan.Try, what: str) -> str | None:
+    """Why something does not hold, None if it has to."""
+    for each in SHORTFALLS:
+        if each.explains(tried, what):
+            return each.why
+    return None
+
+
+def is_known(tried: plan.Try) -> bool:
+    """Whether a try holds, but for what is named here."""
+    return all(why(tried, what) is not None
+               for what in (*tried.harm, *tried.wrong))
