@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         'mutate', help='take out each undo, and see that it is missed')
     mutate.add_argument('undo', nargs='*',
                         help='these only (default: all that there are)')
+    join = commands.add_parser(
+        'join', help='put what runs side by side have found into one file')
+    join.add_argument('found', nargs='+', type=pathlib.Path)
+    join.add_argument('--results', type=pathlib.Path, default=RESULTS)
     show = commands.add_parser(
         'report', help='write the tables of the documentation')
     show.add_argument('--results', type=pathlib.Path, default=RESULTS)
@@ -72,6 +76,12 @@ def main() -> int:
     if options.command == 'report':
         found = results.load(options.results)
         report.write(found)
+        print(report.summary(found))
+        return 0
+    if options.command == 'join':
+        found = results.joined([results.load(each)
+                                for each in options.found])
+        found.save(options.results)
         print(report.summary(found))
         return 0
     bench = harness.Bench()

@@ -97,3 +97,14 @@ def load(path: pathlib.Path) -> Results:
             'scenario': plan.Scenario(**each['scenario']),
             'harm': tuple(each['harm']), 'wrong': tuple(each['wrong'])})
         for each in saved['tries']], saved['seconds'], saved['versions'])
+
+
+def joined(found: collections.abc.Sequence[Results]) -> Results:
+    """What several runs have found that were made side by side."""
+    steps: dict[str, list[plan.Moment]] = {}
+    for each in found:
+        steps.update(each.steps)
+    return Results(
+        min(each.begun for each in found), steps,
+        [tried for each in found for tried in each.tries],
+        max(each.seconds for each in found), found[0].versions)

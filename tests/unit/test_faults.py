@@ -89,6 +89,15 @@ class TestResults(base.TestCase):
         found.save(path)
         self.assertEqual(found, results.load(path))
 
+    def test_runs_side_by_side_add_up(self) -> None:
+        one = results.Results('2026-01-02', {str(WAY): [moment(1)]},
+                              [tried(1)], 50.0, 'libvirt 9.0.0')
+        two = results.Results('2026-01-01', {str(OTHER): [moment(2)]},
+                              [tried(2)], 60.0, 'libvirt 9.0.0')
+        self.assertEqual(results.Results(
+            '2026-01-01', one.steps | two.steps, [tried(1), tried(2)], 60.0,
+            'libvirt 9.0.0'), results.joined([one, two]))
+
     def test_least_tried_come_first(self) -> None:
         guard = faults.BY_NAME['guard killed']
         cells = [(WAY, moment(number), guard) for number in range(1, 5)]
