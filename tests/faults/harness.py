@@ -256,6 +256,8 @@ class Trial:
         self.filesystems = bench.filesystems
         self.name = f'image-{seed}'
         self._before = self.subject.guest.counter()
+        #: the image was there before the fault came
+        self._was_published = False
         self._wrong: list[str] = []
 
     def start_libvirtd(self) -> None:
@@ -335,6 +337,9 @@ class Trial:
         seconds = time.monotonic() - ended
         self._wrong += self.bench.left()
         harm = self._harm(leaves)
+        if leaves == 'gone':
+            # No guest is harmed; whoever has the disk then finds that.
+            self._wrong += self.subject.harm_to_disk()
         image = self._image(fault)
         if again:
             harm += self._restore()
@@ -349,6 +354,7 @@ class Trial:
         seen: collections.Counter[str] = collections.Counter()
         self.command = self.bench.start(self.scenario, self.name)
         while (name := self.command.step()) is not None:
+            self._was_published |= name == 'published'
             if (name, seen[name]) == (moment.name, moment.again):
                 return True
             seen[name] += 1
@@ -443,7 +449,9 @@ class Trial:
             found = self._image_in_directory()
         else:
             found = self._image_in_glance(fault)
-        if self.command.code == 0 and found != 'complete':
+        deleted = (found == 'none' and self._was_published
+                   and fault is faults.BY_NAME['Glance deletes the image'])
+        if self.command.code == 0 and found != 'complete' and not deleted:
             self._wrong.append(f'it succeeded, and the image is {found}')
         return found
 

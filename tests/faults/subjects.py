@@ -171,7 +171,7 @@ class Subject:
         if state == 'running':
             yield from self._harm_running(ours)
         elif state == 'off':
-            yield from self._harm_to_disk()
+            yield from self.harm_to_disk()
 
     def _harm_running(self, ours: str) -> collections.abc.Iterator[str]:
         domain = self.guest.domain
@@ -197,7 +197,7 @@ class Subject:
             yield f'its QEMU has other files open than before: {nodes}'
         domain.suspend()
         try:
-            yield from self._harm_to_disk()
+            yield from self.harm_to_disk()
         finally:
             domain.resume()
 
@@ -215,7 +215,7 @@ class Subject:
                     return f'unknown: {error}'
             time.sleep(0.2)
 
-    def _harm_to_disk(self) -> collections.abc.Iterator[str]:
+    def harm_to_disk(self) -> collections.abc.Iterator[str]:
         """A guest that is off or paused has written its tables."""
         if self.disk.format != 'qcow2':
             return
@@ -238,6 +238,8 @@ class Subject:
         :raises AssertionError: if it does not start or write any more
         """
         state = self.state()
+        if state == 'gone':
+            self._delete_internal_snapshots()
         if state == 'gone' or not self.guest.domain.isPersistent():
             self.guest.domain = self._host.connection.defineXML(self._xml)
         if self.kind.off:
@@ -251,6 +253,17 @@ class Subject:
         if self.kind.agent:
             self.guest.wait_agent()
         self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
+
+    def _delete_internal_snapshots(self) -> None:
+        """Have the disk as it was, of which nobody is in charge."""
+        if self.disk.format != 'qcow2':
+            return
+        found = json.loads(images.run(
+            'qemu-img', 'info', '--output=json', '-f', 'qcow2',
+            self.disk.path))
+        for snapshot in found.get('snapshots', ()):
+            images.run('qemu-img', 'snapshot', '-d', snapshot['name'],
+                       self.disk.path)
 
     def check_image(self, image: images.Image, before: int,
                     after: int) -> None:

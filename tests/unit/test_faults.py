@@ -155,7 +155,7 @@ class TestKnown(base.TestCase):
 
     def test_what_is_named_is_known_and_nothing_else(self) -> None:
         self.patch(known, 'SHORTFALLS', (known.Shortfall(
-            'scratch read-only', ('backup',), 'job', 'QEMU is so'),))
+            ('scratch read-only',), ('backup',), 'job', 'QEMU is so'),))
         bad = tried(1, 'scratch read-only', harm=('it has a job: 5',))
         self.assertTrue(known.is_known(tried(1)))
         self.assertTrue(known.is_known(bad))
