@@ -49,6 +49,11 @@ SHORTFALLS = (
         '^its disk holds snapshots',
         'the disk of a guest that is gone is left alone: it may be deleted at '
         'this moment, or another host\'s by now'),
+    Shortfall(
+        ('scratch read-only',), ('backup', 'cold, backup job'),
+        '^it does not (write|come back)',
+        'QEMU gives the guest the error of the scratch for the write of its '
+        'own that it came with, before anybody can end the job'),
 )
 
 
