@@ -15,6 +15,7 @@
 import collections
 import collections.abc
 import pathlib
+import re
 
 from benchmarks import table
 from tests.faults import faults
@@ -28,6 +29,8 @@ DIRECTORY = (pathlib.Path(__file__).parents[2]
 LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w'}
 #: marks a cell in which something did not hold
 MARK = '!'
+_OF_ONE_TRY = ((r'instance-[0-9a-f]{8}', 'the guest'),
+               (r'[0-9a-f]{8,}', 'N'), (r'\d+', 'N'))
 
 Tries = collections.abc.Sequence[plan.Try]
 
@@ -113,23 +116,28 @@ def by_step(found: results.Results, scenario: plan.Scenario) -> table.Table:
 
 def failing(found: results.Results) -> table.Table:
     """What did not hold, one row for each kind."""
-    kinds: dict[tuple[str, str, str], list[plan.Try]] = (
+    kinds: dict[tuple[str, str, str, str], list[plan.Try]] = (
         collections.defaultdict(list))
     for each in found.tries:
         for what in (*each.harm, *each.wrong):
-            kinds[each.fault, each.scenario.way, _first(what)].append(each)
+            kinds[each.fault, each.scenario.way, _first(what),
+                  known.why(each, what) or 'not known'].append(each)
     return table.Table(
         'failing', 'What did not hold',
         ('Fault', 'Flow', 'Tries', 'Steps', 'What was wrong', 'Why'),
         [(fault, way, str(len(tries)),
-          ', '.join(sorted({each.step for each in tries})), what,
-          known.why(tries[0], what) or 'not known')
-         for (fault, way, what), tries in sorted(kinds.items())])
+          ', '.join(sorted({each.step for each in tries})), what, why)
+         for (fault, way, what, why), tries in sorted(kinds.items())])
 
 
 def _first(words: str) -> str:
-    """The first line of what was wrong, as literal text."""
-    line = words.strip().partition('\n')[0][:160]
+    """The first line of what was wrong, as literal text without what is of
+    one try only.
+    """
+    line = words.strip().partition('\n')[0]
+    for pattern, instead in _OF_ONE_TRY:
+        line = re.sub(pattern, instead, line)
+    line = line[:160]
     return f'``{line.replace("`", "")}``'
 
 
