@@ -10,20 +10,15 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Snapshots whose nova-compute, Glance or token fails in the middle.
+"""Snapshots whose nova-compute or Glance fails in the middle.
 
 Whatever it is: the server is as it was, no image has a part of the bytes, and
 the next snapshot works. What comes of a nova-compute that is killed, and of a
 server or an image that is deleted, is in test_snapshots.py.
 """
 
-import datetime
 import json
-import os
-import signal
 import typing as ty
-
-import openstack
 
 from tests.cloud import base
 from tests.cloud import glance_proxy
@@ -109,82 +104,3 @@ class StoppedTest(FailureTestCase):
         self.assert_whole(server)
         self.why_failed(server)
         self.take(server)
-
-
-class TokenTest(FailureTestCase):
-    """The token of the request runs out while the image is sent."""
-
-    # Seconds; what comes before the upload takes less, and the upload more.
-    LIFE_S = 20
-
-    def setUp(self) -> None:
-        super().setUp()
-        # What the test itself asks for is asked for with this one.
-        self.cloud.session.get_token()
-        self.configuration = base.ROOT / 'etc' / 'keystone' / 'keystone.conf'
-        text = self.configuration.read_text()
-        changed = text.replace(
-            '[token]\n', f'[token]\nexpiration = {self.LIFE_S}\n')
-        self.assertNotEqual(text, changed)
-        self.addCleanup(self._configure_keystone, text, False)
-        self._configure_keystone(changed, True)
-
-    def _configure_keystone(self, text: str, short: bool) -> None:
-        self.configuration.write_text(text)
-        process = json.loads(
-            (base.ROOT / 'run' / 'keystone.json').read_text())
-        # uWSGI starts its workers anew.
-        os.kill(process['pid'], signal.SIGHUP)
-        self.wait(lambda: self._is_short() is short, 'keystone')
-
-    def _is_short(self) -> bool | None:
-        """Whether a new token lives no longer than that, None if there is
-        none."""
-        try:
-            session = openstack.connect(cloud='small').session
-            access = session.auth.get_access(session)
-        except Exception:
-            return None
-        return bool(access.will_expire_soon(self.LIFE_S + 10))
-
-    def _request(self, server: ty.Any) -> str:
-        """:returns: the image's id"""
-        ours, self.compute = (
-            self.compute, openstack.connect(cloud='small').compute)
-        self.compute.default_microversion = ours.default_microversion
-        try:
-            return self.request_snapshot(server)
-        finally:
-            self.compute = ours
-
-    def test_token_beside_that_of_the_service(self) -> None:
-        self.configure(*SLOW)
-        server = self.server()
-        before = self.wait_writes(server)
-        image = self.wait_image(server, self._request(server))
-        self.assert_good(image, before, self.wait_writes(server))
-        self.assertGreater(self._took_s(server), self.LIFE_S)
-        self.assert_whole(server)
-
-    def test_token_alone(self) -> None:
-        self.configure(*SLOW, 'service_user.send_service_user_token=false')
-        server = self.server()
-        before = self.wait_writes(server)
-        image_id = self._request(server)
-        self.wait_idle(server)
-        after = self.wait_writes(server)
-        self.assertIn('401', self.why_failed(server))
-        self.assertGreater(self._took_s(server), self.LIFE_S)
-        self.assert_whole(server)
-        # With that token nobody can delete it; it has all of its bytes.
-        image = self.cloud.image.get_image(image_id)
-        self.assertEqual('active', image.status)
-        self.assert_good(image, before, after)
-
-    def _took_s(self, server: ty.Any) -> float:
-        """The seconds that the last snapshot took."""
-        event = next(event for event in self.events(server)
-                     if event['event'] == base.EVENT)
-        began, ended = (datetime.datetime.fromisoformat(event[name])
-                        for name in ('start_time', 'finish_time'))
-        return (ended - began).total_seconds()

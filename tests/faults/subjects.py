@@ -180,8 +180,9 @@ class Subject:
         if self.kind.agent:
             frozen = self._freeze_status()
             if frozen != 'thawed':
-                # Nor does it write.
                 yield f'its file systems are {frozen}'
+            if frozen == 'frozen':
+                # Nor does it write.
                 return
         try:
             self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
