@@ -51,9 +51,17 @@ SHORTFALLS = (
         'this moment, or another host\'s by now'),
     Shortfall(
         ('scratch read-only',), ('backup', 'cold, backup job'),
-        '^it does not (write|come back)',
+        '^(it does not (write|come back)|its QEMU has other files open'
+        '|files in .* are held open|process guard|scratch: |state: )',
         'QEMU gives the guest the error of the scratch for the write of its '
-        'own that it came with, before anybody can end the job'),
+        'own that it came with, before anybody can end the job; and its job '
+        'can not always be ended'),
+    Shortfall(
+        ('guest is reset',), ('backup', 'live'),
+        '^(its file systems are unknown|process guard|state: )',
+        'libvirt says for minutes after the reset of a frozen guest that its '
+        'agent disappeared, and the guard asks for so long whether it is '
+        'thawed; the guest itself runs and writes'),
 )
 
 
