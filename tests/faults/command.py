@@ -13,6 +13,7 @@
 """The command line, as whoever holds it at its steps sees it."""
 
 import collections.abc
+import contextlib
 import json
 import os
 import pathlib
@@ -21,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import typing
 
 # Seconds that a step may take to be reached; libvirt waits for 30 for a lock.
 STEP_TIMEOUT_S = 90.0
@@ -73,6 +73,14 @@ class Command:
     def signal(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
+    def abandon(self) -> None:
+        """End it, wherever it is."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal()
+            while self.step() is not None:
+                self.go()
+
     def _end(self) -> None:
         self._peer.close()
         if self.code is None:
@@ -82,10 +90,15 @@ class Command:
 class Runner:
     """Starts command lines, one after the other."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        """:param directory: for the socket and the output"""
+    def __init__(self, directory: pathlib.Path,
+                 environment: dict[str, str] | None = None) -> None:
+        """:param directory: for the socket and the output
+
+        :param environment: of all of them, None for ours
+        """
         self.output = directory / 'output'
         path = directory / 'steps.sock'
+        path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -93,7 +106,8 @@ class Runner:
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'tests.faults.stepping', str(path)],
             cwd=pathlib.Path(__file__).parents[2], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._last: Command | None = None
         self._line()
 
     def _line(self) -> str:
@@ -106,6 +120,7 @@ class Runner:
     def start(self, arguments: list[str],
               environment: dict[str, str]) -> Command:
         """Start the command line; it is held at its first step."""
+        self.abandon()
         self.output.write_text('')
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({
@@ -114,13 +129,20 @@ class Runner:
         self._process.stdin.flush()
         pid = int(self._line())
         peer, _ = self._listener.accept()
-        return Command(pid, peer, lambda: int(self._line()))
+        self._last = Command(pid, peer, lambda: int(self._line()))
+        return self._last
+
+    def abandon(self) -> None:
+        """End the last one, if it has not ended."""
+        if self._last is not None:
+            self._last.abandon()
 
     def said(self) -> str:
         """What the last one printed."""
         return self.output.read_text(errors='replace')
 
-    def close(self, *_error: typing.Any) -> None:
+    def close(self) -> None:
+        self.abandon()
         self._listener.close()
         assert self._process.stdin is not None
         self._process.stdin.close()

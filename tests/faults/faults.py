@@ -115,6 +115,13 @@ def _kill_both(scene: Scene) -> None:
     _kill_command(scene)
 
 
+def _stop_mover_and_kill_command(scene: Scene) -> None:
+    # One that runs ends by itself when nobody wants its image any more.
+    for pid in scene.ours('mover'):
+        os.kill(pid, signal.SIGSTOP)
+    _kill_command(scene)
+
+
 def _with_process(kind: str) -> Fault:
     return Fault(f'{kind} killed', _killing(kind),
                  applies=lambda moment: kind in moment.processes)
@@ -231,6 +238,8 @@ FAULTS = (
     Fault('command line and guard killed', _kill_both),
     *(_with_process(kind)
       for kind in ('guard', 'mover', 'qemu-nbd', 'qemu-img')),
+    Fault('mover stopped, command line killed', _stop_mover_and_kill_command,
+          applies=lambda moment: 'mover' in moment.processes),
     Fault('libvirtd killed, restarted', _kill_libvirtd, _start_libvirtd),
     Fault('libvirtd and command line killed', _kill_libvirtd_and_command,
           _start_libvirtd),

@@ -38,9 +38,6 @@ from tests.functional import libvirtd
 # Seconds
 _LATER_S = 1.0
 _CLEAN_TIMEOUT_S = 60.0
-_AFTER_MEND_S = 3.0
-# What one command line may take, held steps and all
-_COMMAND_TIMEOUT_S = 180.0
 _SMALL = {'scratch': 160 * guests.MIB, 'staging': 160 * guests.MIB,
           'state': 4 * guests.MIB}
 
@@ -69,13 +66,15 @@ class Bench:
             self.filesystems[name] = made
             self._stack.callback(made.close)
         self.runner = command.Runner(self.libvirtd.path)
-        self._stack.callback(self.runner.close)
+        self._stack.callback(lambda: self.runner.close())
         self.glance = glance.Glance(self.libvirtd.path / 'glance')
         self._stack.callback(lambda: self.glance.close())
         self.clouds = self.libvirtd.path / 'clouds.yaml'
         self.clouds.write_text(self.glance.clouds_yaml())
         self._subjects: dict[str, subjects.Subject] = {}
         self._awake: subjects.Subject | None = None
+        #: seconds in which all has to be as it was
+        self.patience_s = _CLEAN_TIMEOUT_S
 
     def subject(self, kind: str) -> subjects.Subject:
         """A guest, alone with the processor."""
@@ -94,9 +93,49 @@ class Bench:
 
     def give_up(self, kind: str) -> None:
         """Have another guest in place of one that was harmed."""
-        found = self._subjects.pop(kind)
-        self._awake = None
-        found.close()
+        found = self._subjects.pop(kind, None)
+        if found is not None:
+            if found is self._awake:
+                self._awake = None
+            found.close()
+
+    def clear(self, kind: str) -> None:
+        """Remove what nobody else does any more, and a guest with it."""
+        self.runner.abandon()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.start_libvirtd()
+        self.glance.go_on()
+        self.glance.restart()
+        self.glance.tell(forget=True, delete=True)
+        self.give_up(kind)
+        for small in self.filesystems.values():
+            small.mend()
+            for name in small.names():
+                _remove(small.path / name)
+        for path in self.images.iterdir():
+            _remove(path)
+
+    @contextlib.contextmanager
+    def running(self, environment: dict[str, str],
+                ) -> collections.abc.Iterator[None]:
+        """Have command lines run in another environment."""
+        self.runner.close()
+        self.runner = command.Runner(self.libvirtd.path, environment)
+        try:
+            yield
+        finally:
+            self.runner.close()
+            self.runner = command.Runner(self.libvirtd.path)
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> collections.abc.Iterator[None]:
+        before, self.patience_s = self.patience_s, seconds
+        try:
+            yield
+        finally:
+            self.patience_s = before
 
     def start_libvirtd(self) -> None:
         """Start it after it was killed, and look every domain up anew."""
@@ -114,6 +153,14 @@ class Bench:
             f'scratch_directory = {self.filesystems["scratch"].path}\n'
             f'transfers = {scenario.transfer}\n')
         return path
+
+    def versions(self) -> str:
+        """Of what the guests run on."""
+        def words(number: int) -> str:
+            return (f'{number // 10 ** 6}.{number // 1000 % 1000}.'
+                    f'{number % 1000}')
+        return (f'libvirt {words(self.host.connection.getLibVersion())}, '
+                f'QEMU {words(self.host.connection.getVersion())}')
 
     def arguments(self, scenario: plan.Scenario, name: str) -> list[str]:
         to = (['--to', str(self.images)] if scenario.service == 'directory'
@@ -171,6 +218,13 @@ class Bench:
         self._stack.close()
 
 
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _kind(words: list[str]) -> str:
     if 'nova_snapshot_ext.guard' in words:
         return 'guard'
@@ -202,6 +256,8 @@ class Trial:
         self.filesystems = bench.filesystems
         self.name = f'image-{seed}'
         self._before = self.subject.guest.counter()
+        #: the image was there before the fault came
+        self._was_published = False
         self._wrong: list[str] = []
 
     def start_libvirtd(self) -> None:
@@ -248,9 +304,12 @@ class Trial:
 
     # The fault
 
-    def attempt(self, moment: plan.Moment,
-                fault: faults.Fault) -> plan.Try | None:
-        """:returns: what came of it, None if the step was not reached"""
+    def attempt(self, moment: plan.Moment, fault: faults.Fault,
+                again: bool = True) -> plan.Try | None:
+        """:param again: bring the guest back, and take the next snapshot
+
+        :returns: what came of it, None if the step was not reached
+        """
         self.moment = moment
         if not self._held_at(moment):
             self._image()
@@ -278,10 +337,14 @@ class Trial:
         seconds = time.monotonic() - ended
         self._wrong += self.bench.left()
         harm = self._harm(leaves)
+        if leaves == 'gone':
+            # No guest is harmed; whoever has the disk then finds that.
+            self._wrong += self.subject.harm_to_disk()
         image = self._image(fault)
-        harm += self._restore()
-        if not harm:
-            self._next()
+        if again:
+            harm += self._restore()
+            if not harm:
+                self._next()
         return plan.Try(
             self.scenario, moment.number, moment.name, fault.name, self.seed,
             _word(self.command.code), by, image, round(seconds, 2),
@@ -291,6 +354,7 @@ class Trial:
         seen: collections.Counter[str] = collections.Counter()
         self.command = self.bench.start(self.scenario, self.name)
         while (name := self.command.step()) is not None:
+            self._was_published |= name == 'published'
             if (name, seen[name]) == (moment.name, moment.again):
                 return True
             seen[name] += 1
@@ -333,7 +397,7 @@ class Trial:
         :returns: whether recovery was needed for that
         """
         recovered = False
-        deadline = time.monotonic() + _CLEAN_TIMEOUT_S
+        deadline = time.monotonic() + self.bench.patience_s
         while self.bench.left() and time.monotonic() < deadline:
             kinds = self.bench.processes().values()
             if 'guard' not in kinds and (
@@ -349,7 +413,8 @@ class Trial:
 
     def _harm(self, leaves: str) -> list[str]:
         try:
-            return list(self.subject.harm(leaves, str(self.bench.work)))
+            return list(self.subject.harm(
+                leaves, str(self.bench.work), self.bench.patience_s))
         except libvirt.libvirtError as error:
             return [f'it can not be looked at: {error}']
 
@@ -384,7 +449,9 @@ class Trial:
             found = self._image_in_directory()
         else:
             found = self._image_in_glance(fault)
-        if self.command.code == 0 and found != 'complete':
+        deleted = (found == 'none' and self._was_published
+                   and fault is faults.BY_NAME['Glance deletes the image'])
+        if self.command.code == 0 and found != 'complete' and not deleted:
             self._wrong.append(f'it succeeded, and the image is {found}')
         return found
 
@@ -435,9 +502,6 @@ def _word(code: int | None) -> str:
         return signal.Signals(-code).name
     return {0: 'done', 1: 'failed', 3: 'refused', 4: 'no domain',
             5: 'busy'}.get(code, f'exit code {code}')
-
-
-Say = collections.abc.Callable[[str], None]
 
 
 def applicable(moments: dict[plan.Scenario, list[plan.Moment]],

@@ -15,9 +15,11 @@
 import collections
 import collections.abc
 import pathlib
+import re
 
 from benchmarks import table
 from tests.faults import faults
+from tests.faults import known
 from tests.faults import plan
 from tests.faults import results
 
@@ -27,6 +29,8 @@ DIRECTORY = (pathlib.Path(__file__).parents[2]
 LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w'}
 #: marks a cell in which something did not hold
 MARK = '!'
+_OF_ONE_TRY = ((r'instance-[0-9a-f]{8}', 'the guest'),
+               (r'[0-9a-f]{8,}', 'N'), (r'\d+', 'N'))
 
 Tries = collections.abc.Sequence[plan.Try]
 
@@ -67,7 +71,8 @@ def by_fault(found: results.Results) -> table.Table:
                 str(sum(bool(each.harm) for each in tries)),
                 str(sum(not each.holds for each in tries))))
     return table.Table(
-        'by-fault', f'{summary(found)}; begun {found.begun}',
+        'by-fault', f'{summary(found)}; begun {found.begun}, '
+        f'{found.seconds / 60:.0f} minutes, {found.versions}',
         ('', 'Fault', 'Tries', 'The command line ended', 'Undone by', 'Image',
          's at most', 'Harmed', 'Fails'), rows)
 
@@ -111,22 +116,28 @@ def by_step(found: results.Results, scenario: plan.Scenario) -> table.Table:
 
 def failing(found: results.Results) -> table.Table:
     """What did not hold, one row for each kind."""
-    kinds: dict[tuple[str, str, str], list[plan.Try]] = (
+    kinds: dict[tuple[str, str, str, str], list[plan.Try]] = (
         collections.defaultdict(list))
     for each in found.tries:
         for what in (*each.harm, *each.wrong):
-            kinds[each.fault, each.scenario.way, _first(what)].append(each)
+            kinds[each.fault, each.scenario.way, _first(what),
+                  known.why(each, what) or 'not known'].append(each)
     return table.Table(
         'failing', 'What did not hold',
-        ('Fault', 'Flow', 'Tries', 'Steps', 'What was wrong'),
+        ('Fault', 'Flow', 'Tries', 'Steps', 'What was wrong', 'Why'),
         [(fault, way, str(len(tries)),
-          ', '.join(sorted({each.step for each in tries})), what)
-         for (fault, way, what), tries in sorted(kinds.items())])
+          ', '.join(sorted({each.step for each in tries})), what, why)
+         for (fault, way, what, why), tries in sorted(kinds.items())])
 
 
 def _first(words: str) -> str:
-    """The first line of what was wrong, as literal text."""
-    line = words.strip().partition('\n')[0][:160]
+    """The first line of what was wrong, as literal text without what is of
+    one try only.
+    """
+    line = words.strip().partition('\n')[0]
+    for pattern, instead in _OF_ONE_TRY:
+        line = re.sub(pattern, instead, line)
+    line = line[:160]
     return f'``{line.replace("`", "")}``'
 
 

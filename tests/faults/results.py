@@ -33,6 +33,8 @@ class Results:
     """Everything of one run, or of several that add up.
 
     :ivar steps: of each scenario, by its name
+    :ivar seconds: that it took
+    :ivar versions: of libvirt and QEMU
     """
 
     begun: str = dataclasses.field(default_factory=lambda: (
@@ -40,6 +42,8 @@ class Results:
     steps: dict[str, list[plan.Moment]] = dataclasses.field(
         default_factory=dict)
     tries: list[plan.Try] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    versions: str = ''
 
     def least_tried(self, cells: collections.abc.Sequence[Cell],
                     chance: random.Random) -> list[Cell]:
@@ -67,6 +71,8 @@ class Results:
         new = path.with_name(f'{path.name}.new')
         new.write_text(json.dumps({
             'begun': self.begun,
+            'seconds': round(self.seconds),
+            'versions': self.versions,
             'steps': {name: [_flat(each) for each in found]
                       for name, found in self.steps.items()},
             'tries': [dataclasses.asdict(each) for each in self.tries],
@@ -90,4 +96,15 @@ def load(path: pathlib.Path) -> Results:
         plan.Try(**each | {
             'scenario': plan.Scenario(**each['scenario']),
             'harm': tuple(each['harm']), 'wrong': tuple(each['wrong'])})
-        for each in saved['tries']])
+        for each in saved['tries']], saved['seconds'], saved['versions'])
+
+
+def joined(found: collections.abc.Sequence[Results]) -> Results:
+    """What several runs have found that were made side by side."""
+    steps: dict[str, list[plan.Moment]] = {}
+    for each in found:
+        steps.update(each.steps)
+    return Results(
+        min(each.begun for each in found), steps,
+        [tried for each in found for tried in each.tries],
+        max(each.seconds for each in found), found[0].versions)

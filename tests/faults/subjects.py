@@ -144,14 +144,17 @@ class Subject:
             self.guest.domain.resume()
             self.guest.wait_writes_on()
 
-    def harm(self, leaves: str, ours: str) -> collections.abc.Iterator[str]:
+    def harm(self, leaves: str, ours: str,
+             patience_s: float = _STATE_TIMEOUT_S,
+             ) -> collections.abc.Iterator[str]:
         """What is wrong with it.
 
         :param leaves: the state that the fault leaves it in
         :param ours: what the paths of snapshots begin with
+        :param patience_s: in which it comes to that state
         """
         state = self.wait_state(
-            'running' if leaves == 'transient' else leaves)
+            'running' if leaves == 'transient' else leaves, patience_s)
         if leaves == 'transient':
             if state != 'running':
                 yield f'it is {state}'
@@ -168,7 +171,7 @@ class Subject:
         if state == 'running':
             yield from self._harm_running(ours)
         elif state == 'off':
-            yield from self._harm_to_disk()
+            yield from self.harm_to_disk()
 
     def _harm_running(self, ours: str) -> collections.abc.Iterator[str]:
         domain = self.guest.domain
@@ -178,6 +181,9 @@ class Subject:
             frozen = self._freeze_status()
             if frozen != 'thawed':
                 yield f'its file systems are {frozen}'
+            if frozen == 'frozen':
+                # Nor does it write.
+                return
         try:
             self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
         except AssertionError as error:
@@ -192,7 +198,7 @@ class Subject:
             yield f'its QEMU has other files open than before: {nodes}'
         domain.suspend()
         try:
-            yield from self._harm_to_disk()
+            yield from self.harm_to_disk()
         finally:
             domain.resume()
 
@@ -210,7 +216,7 @@ class Subject:
                     return f'unknown: {error}'
             time.sleep(0.2)
 
-    def _harm_to_disk(self) -> collections.abc.Iterator[str]:
+    def harm_to_disk(self) -> collections.abc.Iterator[str]:
         """A guest that is off or paused has written its tables."""
         if self.disk.format != 'qcow2':
             return
@@ -233,6 +239,8 @@ class Subject:
         :raises AssertionError: if it does not start or write any more
         """
         state = self.state()
+        if state == 'gone':
+            self._delete_internal_snapshots()
         if state == 'gone' or not self.guest.domain.isPersistent():
             self.guest.domain = self._host.connection.defineXML(self._xml)
         if self.kind.off:
@@ -246,6 +254,17 @@ class Subject:
         if self.kind.agent:
             self.guest.wait_agent()
         self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
+
+    def _delete_internal_snapshots(self) -> None:
+        """Have the disk as it was, of which nobody is in charge."""
+        if self.disk.format != 'qcow2':
+            return
+        found = json.loads(images.run(
+            'qemu-img', 'info', '--output=json', '-f', 'qcow2',
+            self.disk.path))
+        for snapshot in found.get('snapshots', ()):
+            images.run('qemu-img', 'snapshot', '-d', snapshot['name'],
+                       self.disk.path)
 
     def check_image(self, image: images.Image, before: int,
                     after: int) -> None:

@@ -15,10 +15,15 @@
 import dataclasses
 import pathlib
 import random
+import subprocess
+import sys
+import textwrap
 import typing
 
 from tests.faults import faults
 from tests.faults import harness
+from tests.faults import known
+from tests.faults import mutants
 from tests.faults import plan
 from tests.faults import report
 from tests.faults import results
@@ -84,6 +89,15 @@ class TestResults(base.TestCase):
         found.save(path)
         self.assertEqual(found, results.load(path))
 
+    def test_runs_side_by_side_add_up(self) -> None:
+        one = results.Results('2026-01-02', {str(WAY): [moment(1)]},
+                              [tried(1)], 50.0, 'libvirt 9.0.0')
+        two = results.Results('2026-01-01', {str(OTHER): [moment(2)]},
+                              [tried(2)], 60.0, 'libvirt 9.0.0')
+        self.assertEqual(results.Results(
+            '2026-01-01', one.steps | two.steps, [tried(1), tried(2)], 60.0,
+            'libvirt 9.0.0'), results.joined([one, two]))
+
     def test_least_tried_come_first(self) -> None:
         guard = faults.BY_NAME['guard killed']
         cells = [(WAY, moment(number), guard) for number in range(1, 5)]
@@ -128,10 +142,51 @@ class TestReport(base.TestCase):
     def test_what_fails_is_named_once_with_its_steps(self) -> None:
         bad = tried(1, wrong=('process mover 7',))
         found = results.Results(tries=[
-            bad, dataclasses.replace(bad, step='step 3', number=3),
+            bad, dataclasses.replace(bad, step='step 3', number=3,
+                                     wrong=('process mover 8',)),
             tried(2)])
         [row] = report.failing(found).rows
         self.assertEqual(('guard killed', 'backup', '2', 'step 1, step 3',
-                          '``process mover 7``'), row)
+                          '``process mover N``', 'not known'), row)
         self.assertIn('3 faults, 0 guests harmed, 2 where',
                       report.summary(found))
+
+
+class TestKnown(base.TestCase):
+
+    def test_what_is_named_is_known_and_nothing_else(self) -> None:
+        self.patch(known, 'SHORTFALLS', (known.Shortfall(
+            ('scratch read-only',), ('backup',), 'job', 'QEMU is so'),))
+        bad = tried(1, 'scratch read-only', harm=('it has a job: 5',))
+        self.assertTrue(known.is_known(tried(1)))
+        self.assertTrue(known.is_known(bad))
+        self.assertEqual('QEMU is so', known.why(bad, bad.harm[0]))
+        for other in (dataclasses.replace(bad, fault='scratch full'),
+                      dataclasses.replace(bad, scenario=OTHER),
+                      dataclasses.replace(bad, wrong=('process mover 7',))):
+            self.assertFalse(known.is_known(other))
+
+
+class TestMutants(base.TestCase):
+
+    def test_each_undo_has_something_that_misses_it(self) -> None:
+        shown = {*mutants.ON_GUESTS, *mutants.BY_UNIT_TESTS}
+        self.assertEqual(mutants.undos(), shown)
+
+    def test_undo_that_is_taken_out_does_nothing(self) -> None:
+        script = textwrap.dedent('''
+            from nova_snapshot_ext import undo
+            from nova_snapshot_ext import workspace
+            function = undo._STEPS['remove_directory']
+            assert function is workspace.remove_directory
+            try:
+                function(None, path='/')
+            except ValueError:
+                print('refused')
+        ''')
+        for without, said in ((None, 'refused\n'), ('thaw', 'refused\n'),
+                              ('remove_directory', '')):
+            self.assertEqual(said, subprocess.run(
+                [sys.executable, '-c', script], check=True, text=True,
+                env=mutants.environment(without),
+                stdout=subprocess.PIPE).stdout)

@@ -1,0 +1,79 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What does not hold, and why that is so.
+
+A guest that is harmed for a reason that is named here is counted as harmed all
+the same; a run fails for what is not named.
+"""
+
+import dataclasses
+import re
+
+from tests.faults import plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortfall:
+    """One thing that faults do, and that nobody can undo.
+
+    :ivar faults: their names
+    :ivar ways: of the snapshot
+    :ivar what: that is wrong: a regular expression
+    :ivar why: for the documentation
+    """
+
+    faults: tuple[str, ...]
+    ways: tuple[str, ...]
+    what: str
+    why: str
+
+    def explains(self, tried: plan.Try, what: str) -> bool:
+        return (tried.fault in self.faults
+                and tried.scenario.way in self.ways
+                and re.search(self.what, what) is not None)
+
+
+SHORTFALLS = (
+    Shortfall(
+        ('guest undefined', 'guest destroyed, undefined'), ('cold',),
+        '^its disk holds snapshots',
+        'the disk of a guest that is gone is left alone: it may be deleted at '
+        'this moment, or another host\'s by now'),
+    Shortfall(
+        ('scratch read-only',), ('backup', 'cold, backup job'),
+        '^(it does not (write|come back)|its QEMU has other files open'
+        '|files in .* are held open|process guard|scratch: |state: )',
+        'QEMU gives the guest the error of the scratch for the write of its '
+        'own that it came with, before anybody can end the job; and its job '
+        'can not always be ended'),
+    Shortfall(
+        ('guest is reset',), ('backup', 'live'),
+        '^(its file systems are unknown|process guard|state: )',
+        'libvirt says for minutes after the reset of a frozen guest that its '
+        'agent disappeared, and the guard asks for so long whether it is '
+        'thawed; the guest itself runs and writes'),
+)
+
+
+def why(tried: plan.Try, what: str) -> str | None:
+    """Why something does not hold, None if it has to."""
+    for each in SHORTFALLS:
+        if each.explains(tried, what):
+            return each.why
+    return None
+
+
+def is_known(tried: plan.Try) -> bool:
+    """Whether a try holds, but for what is named here."""
+    return all(why(tried, what) is not None
+               for what in (*tried.harm, *tried.wrong))
