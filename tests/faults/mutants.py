@@ -71,9 +71,14 @@ ON_GUESTS = {
                        'begin_backup returned'),
 }
 #: What the command line pushes for no guest that there is here (of several
-#: disks, with devices of the host, with a disk that its user must borrow), and
-#: the unit tests that show it.
+#: disks, with devices of the host, with a disk that its user must borrow), or
+#: for snapshots that stay and for rollbacks, and the unit tests that show it.
 BY_UNIT_TESTS = {
+    'come_back': 'tests.unit.test_domain',
+    'delete_domain_snapshot': 'tests.unit.test_domain',
+    'forget_domain_snapshot': 'tests.unit.test_domain',
+    'let_taking_end': 'tests.unit.test_domain',
+    'start_again': 'tests.unit.test_rollback',
     'resume_guest': 'tests.unit.test_live',
     'attach_device': 'tests.unit.test_power',
     'restore_owner': 'tests.unit.test_borrowed',
