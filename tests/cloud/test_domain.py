@@ -301,7 +301,6 @@ class LifeTest(DomainTestCase):
         self.assertEqual([], self.held(server))
 
     def test_resize_after_a_rollback_finds_the_base_of_the_disk(self):
-        self.configure('DEFAULT.allow_resize_to_same_host=true')
         server = self.server()
         image = self.take(server)
         self.roll_back(server, image)

@@ -199,6 +199,8 @@ def _nova(state: cloud_state.State) -> None:
                     # The start is over when the service reports; 10 s is the
                     # default.
                     report_interval=5,
+                    # There is no other host.
+                    allow_resize_to_same_host='true',
                 ),
                 'api': {'auth_strategy': 'keystone'},
                 'keystone_authtoken': _authtoken(state, 'nova'),
