@@ -634,16 +634,21 @@ class Guest:
             with self._calling('Removal of a managed save'):
                 self._domain.managedSaveRemove(0)
 
-    def end_save(self) -> None:
-        """End a managed save that is under way: the guest runs on."""
+    def end_save(self) -> bool:
+        """End a managed save that is under way: the guest runs on.
+
+        :returns: whether there was one
+        """
         if self.job() != 'save':
-            return
+            return False
         try:
             with self._calling('End of the managed save'):
                 self._domain.abortJob()
         except LibvirtError as error:
             if error.code != libvirt.VIR_ERR_OPERATION_INVALID:
-                raise       # it has ended
+                raise
+            # It has ended by itself.
+        return True
 
     def start(self, paused: bool = False) -> None:
         """Start it; from its saved memory if there is some, and in the

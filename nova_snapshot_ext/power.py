@@ -46,12 +46,13 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest,
     :raises UndoFailed: if it is still being stopped
     """
     begun = time.monotonic()
+    was_ended = False
     while guest.state() is not guests.State.SHUTOFF:
         waited = time.monotonic() - begun
         if not around.owner_died:
             return          # its owner knows how its call ended
-        guest.end_save()
-        if guest.job() is None and waited > LOCK_WAIT_S:
+        was_ended = guest.end_save() or was_ended
+        if guest.job() is None and (was_ended or waited > LOCK_WAIT_S):
             guest.remove_cut_save()
             if was_running:
                 _resume_after_start(around, guest)

@@ -139,6 +139,8 @@ class TestUndo(base.TestCase):
         self.patch_name('time.sleep', tick)
         power.start_guest(self.orphaned)
         self.assertEqual(['abortJob'], self.journal)
+        # It is known how it ended.
+        self.assertEqual(10.0, self.now)
 
     def test_guest_that_did_not_live_to_be_resumed_is(self) -> None:
         def tick(seconds: float) -> None:
