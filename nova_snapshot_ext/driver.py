@@ -260,12 +260,19 @@ class NovaHost:
 
 class RebuildingHost(NovaHost):
     """Nova's rights while it rebuilds a server: its guest is started
-    whatever the server was before, unless it is to go."""
+    whatever the server was before, unless it is to go.
+
+    What is tried again when the rebuild has ended has no such right.
+    """
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        if self._called_in() is None:
+            return super().may_start()
         return self._asked((), _GOING_DOWN)
 
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        if self._called_in() is None:
+            return super().may_resume()
         return self._asked((), _GOING_DOWN)
 
 
@@ -423,6 +430,8 @@ class SnapshotLibvirtDriver(
             block_device_info: dict[str, typing.Any] | None = None,
             destroy_disks: bool = True, *arguments: typing.Any,
             **others: typing.Any) -> typing.Any:
+        if destroy_disks:
+            self._upkeep.let_undefine(instance)
         result = super().cleanup(
             context, instance, network_info, block_device_info,
             destroy_disks, *arguments, **others)

@@ -34,6 +34,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import presence
+from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import rebuilding
 from nova_snapshot_ext import reconcile
 
@@ -82,6 +83,20 @@ class Upkeep:
         except OSError as error:
             LOG.warning('Records of its domain snapshots stay: %s', error,
                         instance_uuid=uuid)
+
+    def let_undefine(self, instance: objects.Instance) -> None:
+        """Have libvirt know no snapshot of a server that goes: what a
+        rollback that was cut off left would keep Nova from undefining it."""
+        try:
+            guest = self._guest_of(instance)
+            for name in filter(internal_snapshot.is_ours,
+                               guest.domain_snapshots()):
+                guest.forget_domain_snapshot(name)
+        except (exception.GuestGone, nova_exception.InstanceNotRunning):
+            pass
+        except exception.SnapshotError as error:
+            LOG.warning('libvirt may know snapshots of it, and refuse to '
+                        'undefine it: %s', error, instance=instance)
 
     def delete_all(self, instance: objects.Instance, why: str) -> None:
         """Delete the snapshots of a server that moves, as far as possible."""

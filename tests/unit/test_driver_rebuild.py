@@ -16,6 +16,7 @@ import inspect
 import threading
 import typing
 
+import libvirt
 from nova.compute import task_states
 from nova.compute import vm_states
 from nova import exception as nova_exception
@@ -162,6 +163,22 @@ class TestRebuildingHost(RebuildTestCase):
                 self.assertTrue(resume)
         self.assertEqual(['cpus'] * 6, self.journal)
 
+    def test_who_tries_again_later_minds_what_the_server_is(self) -> None:
+        host = self.rebuilding_host()
+        self.instance.task_state = None
+        allowed: list[bool] = []
+
+        def try_again() -> None:
+            for ask in (host.may_start, host.may_resume):
+                with ask() as may:
+                    allowed.append(may)
+        for self.instance.vm_state in (vm_states.STOPPED,
+                                       vm_states.RESCUED):
+            thread = threading.Thread(target=try_again)
+            thread.start()
+            thread.join()
+        self.assertEqual([False] * 4, allowed)
+
     def test_but_not_if_it_is_to_go(self) -> None:
         host = self.rebuilding_host()
         self.instance.task_state = task_states.DELETING
@@ -200,6 +217,24 @@ class TestDrop(RebuildTestCase):
 
     def test_records_go_with_the_disks(self) -> None:
         self.assertEqual(0, self.cleanup())
+
+    def test_libvirt_knows_none_when_the_domain_is_undefined(self) -> None:
+        domain = self.nova_host.domain
+        domain.snapshots = {self.record.name: '', 'theirs': ''}
+        self.patch_name(
+            'nova.virt.libvirt.driver.LibvirtDriver.cleanup',
+            lambda *what, **more: self.journal.append(
+                f'cleanup {list(domain.snapshots)}'))
+        for error in (None, libvirt.VIR_ERR_NO_DOMAIN,
+                      libvirt.VIR_ERR_OPERATION_FAILED):
+            if error is not None:
+                domain.errors['snapshotListNames'] = (
+                    fakes.libvirt_error(error))
+            self.driver.cleanup(self.context, self.instance, [], None)
+        self.nova_host.domain = None
+        self.driver.cleanup(self.context, self.instance, [], None)
+        self.assertEqual(["cleanup ['theirs']"] * 4,
+                         self.journal.of('cleanup'))
 
     def test_records_stay_with_the_disks(self) -> None:
         self.assertEqual(1, self.cleanup(
