@@ -43,6 +43,13 @@ from nova_snapshot_ext import workspace
 
 LOG = logging.getLogger(__name__)
 
+# Where a guest is on the host: others may have what it had then.
+_PLACEMENT = {
+    'the CPUs of the host that it is given (cputune)': './cputune',
+    'its NUMA nodes of the host (numatune)': './numatune',
+    'its pages of memory (memoryBacking)': './memoryBacking',
+    'its own NUMA nodes (cpu)': './cpu/numa',
+}
 # How long the guest agent may take to open its channel anew.
 _AGENT_S = 3.0
 
@@ -126,6 +133,9 @@ def _why_not_its_memory(guest: guests.Guest,
         if then.findtext(path) != now.findtext(path):
             return (f'its {what} were {then.findtext(path)} then and are '
                     f'{now.findtext(path)} now')
+    for what, path in _PLACEMENT.items():
+        if _canonical(then, path) != _canonical(now, path):
+            return f'{what} were others then, which it would be given again'
     if _interfaces(then) != _interfaces(now):
         return 'it has other network interfaces than it had then'
     if record.host_cpu and record.host_cpu != guest.host_cpu():
@@ -140,6 +150,12 @@ def _why_not_its_memory(guest: guests.Guest,
             return (f'its present memory may take {memory} bytes in '
                     f'{directory} meanwhile, where {free} are free')
     return None
+
+
+def _canonical(domain: ElementTree.Element, path: str) -> str:
+    found = domain.find(path)
+    return '' if found is None else ElementTree.canonicalize(
+        ElementTree.tostring(found, encoding='unicode'), strip_text=True)
 
 
 def _interfaces(domain: ElementTree.Element) -> set[str]:

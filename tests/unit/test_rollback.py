@@ -163,6 +163,27 @@ class TestObstacle(RollbackTestCase):
             self.domain.rest = new
             self.assertIn(said, self.obstacle())
 
+    def test_place_on_the_host_that_is_another(self) -> None:
+        def place(cpu: int) -> tuple[str, ...]:
+            return (
+                f'<cputune><vcpupin vcpu="0" cpuset="{cpu}"/></cputune>',
+                f'<numatune><memory nodeset="{cpu}" mode="strict"/>'
+                f'</numatune>',
+                f'<memoryBacking><hugepages><page size="{cpu}"/></hugepages>'
+                f'</memoryBacking>',
+                f'<cpu><numa><cell id="{cpu}"/></numa></cpu>')
+        record = self.record
+        for said, then, now in zip(
+                ('cputune', 'numatune', 'memoryBacking', '(cpu)'),
+                place(1), place(2)):
+            self.record = dataclasses.replace(
+                record, domain_xml=record.domain_xml.replace(
+                    '<os>', f'\n  {then.replace("><", ">  <")}<os>'))
+            self.domain.rest = REST + then
+            self.assertEqual('', self.obstacle())
+            for self.domain.rest in (REST, REST + now):
+                self.assertIn(said, self.obstacle())
+
     def test_network_interface_that_is_another(self) -> None:
         self.domain.devices = (
             '<interface type="bridge"><mac address="x"/></interface>')
