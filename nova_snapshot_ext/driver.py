@@ -340,6 +340,8 @@ class SnapshotLibvirtDriver(
     def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
         conf.register_opts(CONF)
         super().__init__(virtapi, read_only=read_only)
+        #: servers whose disks are about to be copied to another host
+        self._leaving: set[str] = set()
 
     def init_host(self, host: str) -> None:
         super().init_host(host)
@@ -444,9 +446,19 @@ class SnapshotLibvirtDriver(
             instance: objects.Instance, dest: str, *arguments: typing.Any,
             **others: typing.Any) -> typing.Any:
         if dest != self.get_host_ip_addr():
+            self._leaving.add(instance.uuid)
+        try:
+            return super().migrate_disk_and_power_off(
+                context, instance, dest, *arguments, **others)
+        finally:
+            self._leaving.discard(instance.uuid)
+
+    def power_off(self, instance: objects.Instance, *arguments: typing.Any,
+                  **others: typing.Any) -> None:
+        # Nova has refused by now whatever migration it refuses.
+        if instance.uuid in self._leaving:
             self._upkeep.delete_all(instance, _MOVES)
-        return super().migrate_disk_and_power_off(
-            context, instance, dest, *arguments, **others)
+        super().power_off(instance, *arguments, **others)
 
     def live_migration(
             self, context: nova_context.RequestContext,
@@ -491,9 +503,6 @@ class SnapshotLibvirtDriver(
                       'not known, and nothing of it is undone: %s', error)
         for instance in instances:
             _forget_progress(instance)
-        threading.Thread(target=self._upkeep.delete_all_unwanted,
-                         args=(nova_context.get_admin_context(),),
-                         daemon=True).start()
         return instances
 
     def _finish(self, path: str, uuid: str,

@@ -195,8 +195,8 @@ class TestDrop(RebuildTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        for name in ('cleanup', 'migrate_disk_and_power_off',
-                     'live_migration', 'manage_image_cache'):
+        for name in ('cleanup', 'power_off', 'live_migration',
+                     'manage_image_cache'):
             self.patch_name(
                 f'nova.virt.libvirt.driver.LibvirtDriver.{name}',
                 lambda driver, *what, name=name, **more:
@@ -240,17 +240,45 @@ class TestDrop(RebuildTestCase):
         self.assertEqual(1, self.cleanup(
             False, destroy_vifs=False, destroy_secrets=False))
 
-    def test_snapshots_are_deleted_before_the_disk_is_copied(self) -> None:
+    def migrate(self, dest: str, error: Exception | None = None) -> None:
+        """As Nova does it: what it refuses, it refuses before the guest is
+        turned off."""
+        def move(driver: typing.Any, context: object,
+                 instance: objects.Instance, *what: object) -> None:
+            if error is not None:
+                raise error
+            driver.power_off(instance, 60, retry_interval=10)
+            self.journal.append('copy')
+        self.patch_name('nova.virt.libvirt.driver.LibvirtDriver.'
+                        'migrate_disk_and_power_off', move)
         self.driver.migrate_disk_and_power_off(
-            self.context, self.instance, '10.0.0.2', None, [], None, 0, 0)
-        self.assertEqual(['delete', 'migrate_disk_and_power_off'],
-                         self.journal)
+            self.context, self.instance, dest, None, [], None, 60, 10)
+
+    def test_snapshots_are_deleted_before_the_disk_is_copied(self) -> None:
+        self.migrate('10.0.0.2')
+        self.assertEqual(['delete', 'power_off', 'copy'], self.journal)
         self.assertEqual([], self.records.all())
 
+    def test_migration_that_nova_refuses_keeps_them(self) -> None:
+        self.assertRaises(
+            nova_exception.InstanceFaultRollback, self.migrate, '10.0.0.2',
+            nova_exception.InstanceFaultRollback())
+        self.driver.power_off(self.instance)
+        self.assertEqual(['power_off'], self.journal)
+        self.assertEqual([self.record], self.records.all())
+
     def test_resize_on_the_same_host_keeps_them(self) -> None:
-        self.driver.migrate_disk_and_power_off(
-            self.context, self.instance, '10.0.0.1', None, [])
-        self.assertEqual(['migrate_disk_and_power_off'], self.journal)
+        self.migrate('10.0.0.1')
+        self.assertEqual(['power_off', 'copy'], self.journal)
+
+    def test_nova_turns_it_off_when_it_has_refused_what_it_refuses(
+            self) -> None:
+        source = inspect.getsource(
+            libvirt_driver.LibvirtDriver.migrate_disk_and_power_off)
+        before, _, after = source.partition('self.power_off(instance')
+        self.assertIn('InstanceFaultRollback', before)
+        self.assertNotIn('InstanceFaultRollback', after)
+        self.assertIn('copy_image', after)
 
     def test_snapshots_are_deleted_before_a_live_migration(self) -> None:
         self.driver.live_migration(
@@ -266,7 +294,7 @@ class TestDrop(RebuildTestCase):
         self.driver.manage_image_cache(self.context, [])
         self.assertEqual(['manage_image_cache', 'delete'], self.journal)
 
-    def test_and_at_the_start_beside_novas_work(self) -> None:
+    def test_no_disk_is_written_to_while_nova_starts_the_guests(self) -> None:
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.'
             'process_instances_at_startup',
@@ -276,7 +304,7 @@ class TestDrop(RebuildTestCase):
             lambda upkeep, context: self.journal.append('look'))
         self.patch_name('threading.Thread.start', threading.Thread.run)
         self.driver.process_instances_at_startup(self.context, [])
-        self.assertEqual(['look'], self.journal)
+        self.assertEqual([], self.journal)
 
 
 class TestRemembering(RebuildTestCase):
