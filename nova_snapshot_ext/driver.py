@@ -14,6 +14,7 @@
 
 import collections.abc
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -474,7 +475,7 @@ class SnapshotLibvirtDriver(
         super().manage_image_cache(context, all_instances)
         self._upkeep.delete_all_unwanted(context)
 
-    @property
+    @functools.cached_property
     def _upkeep(self) -> upkeep.Upkeep:
         return upkeep.Upkeep(
             state_directory(), self._our_guest,

@@ -291,8 +291,12 @@ class TestDrop(RebuildTestCase):
         self.patch_name('nova_snapshot_ext.images.presence.is_shown',
                         lambda glance, image_id: False)
         self.instance.task_state = None
-        self.driver.manage_image_cache(self.context, [])
-        self.assertEqual(['manage_image_cache', 'delete'], self.journal)
+        now = [0.0]
+        self.patch_name('time.monotonic', lambda: now[0])
+        for now[0] in (0.0, 3600.0):
+            self.driver.manage_image_cache(self.context, [])
+        self.assertEqual(['manage_image_cache'] * 2 + ['delete'],
+                         self.journal)
 
     def test_no_disk_is_written_to_while_nova_starts_the_guests(self) -> None:
         self.patch_name(
