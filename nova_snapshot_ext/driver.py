@@ -392,7 +392,7 @@ class SnapshotLibvirtDriver(
         :raises NotImplementedError: if there is none (any more), so that
             Nova's own rebuild serves, from the image
         :raises nova.exception.InstanceFaultRollback: if the server can't go
-            back; it is as it was
+            back, or nobody knows whether it is to; it is as it was
         :raises nova.exception.InstanceNotFound: if it is being deleted
         :raises nova.exception.NovaException: if its guest is not what it was
             and not rolled back either
@@ -400,7 +400,7 @@ class SnapshotLibvirtDriver(
         if evacuate or preserve_ephemeral or reimage_boot_volume:
             raise NotImplementedError
         records = domain_records.Records(state_directory(), instance.uuid)
-        record = rebuilding.record_of(records, instance)
+        record = rebuilding.record_of(context, instance, records)
         if record is None:
             raise NotImplementedError
         with rebuilding.refusing(context, instance, record):
