@@ -302,7 +302,6 @@ class TestMemory(RollbackTestCase):
         self.assertEqual('setTime', self.steps()[-1])
         self.assertIn('clock of', self.output.output)
 
-
     def break_connection(self, name: str, state: list[int]) -> None:
         """libvirt dies in a call, which leaves the guest in a state."""
         def die() -> None:
