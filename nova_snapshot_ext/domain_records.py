@@ -109,6 +109,14 @@ class Records:
         return sorted(
             found, key=lambda record: (record.taken_at, record.name))
 
+    def readable(self) -> list[Record]:
+        """Those that can be read and understood, in no order."""
+        found = []
+        for name in self._names():
+            with contextlib.suppress(exception.SnapshotError, OSError):
+                found.append(self._read(name))
+        return found
+
     def find(self, which: str) -> Record | None:
         """The newest one that an image's id, a name or a title stands for."""
         records = self.all()
@@ -151,7 +159,7 @@ class Records:
         """
         if name in self._names():
             gone = self._read(name)
-            for record in self.all():
+            for record in self.readable():
                 if record.parent == name:
                     self._write_again(record, gone.parent)
             if self.current == name:
@@ -201,12 +209,13 @@ class Records:
             ) from error
 
     def _write(self, path: str, content: str) -> None:
-        for directory in (os.path.dirname(self.directory), self.directory):
-            if not os.path.isdir(directory):
-                _make_directory(directory)
         new = f'{path}.{secrets.token_hex(4)}'
-        descriptor = os.open(
-            new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = self._create(new)
+        except (FileNotFoundError, exception.NotOurs):
+            # Whoever dropped another guest's last one dropped what all are
+            # in, between two of our steps.
+            descriptor = self._create(new)
         with open(descriptor, 'w') as file:
             undo.give_to_owner_of(self.directory, descriptor)
             file.write(content)
@@ -215,15 +224,23 @@ class Records:
         os.rename(new, path)
         undo.flush_directory(self.directory)
 
+    def _create(self, path: str) -> int:
+        for directory in (os.path.dirname(self.directory), self.directory):
+            if not os.path.isdir(directory):
+                _make_directory(directory)
+        return os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
 
 def _make_directory(path: str) -> None:
     """Whoever makes it first, it belongs to whom the state directory does."""
     parent = os.path.dirname(path)
     rights.make_passable(parent)
-    if os.geteuid() == 0:
-        rights.make_owners(path)
-    else:
-        os.mkdir(path, mode=rights.PASSABLE)
+    with contextlib.suppress(FileExistsError):
+        if os.geteuid() == 0:
+            rights.make_owners(path)
+        else:
+            os.mkdir(path, mode=rights.PASSABLE)
     undo.flush_directory(parent)
 
 

@@ -271,17 +271,20 @@ def forget_domain_snapshot(around: undo.Surroundings, name: str) -> None:
 
 @undo.step
 def come_back(around: undo.Surroundings, target: str, safety: str,
-              paths: list[str], life: str | None, current: str | None,
-              uuid: str, state_directory: str) -> None:
-    """Bring a guest back that did not get where it was to go.
+              paths: list[str], life: str | None, paused: bool,
+              current: str | None, uuid: str, state_directory: str) -> None:
+    """Bring a guest back that did not get where it was to go, and delete
+    what held its state.
 
     One that got there, and whose owner died before it could say so, stays
-    there.
+    there. All of it is one step: if a part fails, its state stays held, and
+    nothing starts it from disks that are halfway.
 
     :param target: the snapshot that it was to go back to
     :param safety: the one that holds what it was
     :param paths: of the disks that are in both
     :param life: the guest's before, None if it was off
+    :param paused: that it was paused
     :param current: the snapshot that its state descended from
     """
     for name in (target, safety):
@@ -292,35 +295,68 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
     assert guest is not None
     if around.owner_died:
         if not around.rebooted:
-            _let_call_end(guest, life)
+            let_call_end(guest, life)
         internal_snapshot.end_qemu_img(target)
-    if power.running_guest(around) is not None:
-        if (guest.life() == life or around.owner_died
-                or guest.domain_snapshot(target) is None
-                or guest.current_domain_snapshot() == safety):
-            return      # it was not taken down, is there, or is back
-        guest.destroy()         # it came up by halves
-    # Whoever finds it up after this leaves it alone.
-    domain_records.Records(state_directory, uuid).set_current(current)
-    _restore(around, guest, safety, paths)
+    if not _is_left_alone(around, guest, target, safety, life):
+        # Whoever finds it up after this leaves it alone.
+        domain_records.Records(state_directory, uuid).set_current(current)
+        _restore(around, guest, target, safety, paths)
+        if life is not None:
+            # libvirt did not hold its memory, or it is up by now.
+            power.start_again(around, paused=paused)
+    _forget_both(guest, target, safety)
+    delete_domain_snapshot(
+        around, name=safety, uuid=uuid, paths=paths,
+        state_directory=state_directory)
 
 
-def _restore(around: undo.Surroundings, guest: guests.Guest, safety: str,
-             paths: list[str]) -> None:
+def _is_left_alone(around: undo.Surroundings, guest: guests.Guest,
+                   target: str, safety: str, life: str | None) -> bool:
+    if power.running_guest(around) is None:
+        return False
+    if guest.life() == life:        # it was not taken down
+        # libvirt may have died when it had paused it for that.
+        if not around.rebooted and guest.is_paused_by_snapshot():
+            guest.resume()
+        return True
+    if (around.owner_died or guest.domain_snapshot(target) is None
+            or guest.current_domain_snapshot() == safety):
+        return True     # it is there, or is back
+    guest.destroy()         # it came up by halves
+    return False
+
+
+def _restore(around: undo.Surroundings, guest: guests.Guest, target: str,
+             safety: str, paths: list[str]) -> None:
     """Have a guest that is off be what it was: with its memory, if that is
     held and it may be started."""
     if not around.rebooted and guest.domain_snapshot(safety) is not None:
         with around.host.may_start() as allowed:
             if allowed:
                 guest.revert_to(safety)
+                _forget_both(guest, target, safety)
                 return
     with around.host.undisturbed():
         if power.running_guest(around) is None:
             for path in paths:
                 internal_snapshot.apply_again(around, path, safety)
+            _forget_both(guest, target, safety)
 
 
-def _let_call_end(guest: guests.Guest, life: str | None) -> None:
+def _forget_both(guest: guests.Guest, target: str, safety: str) -> None:
+    """Have libvirt know neither, before Nova may be at work on the guest:
+    it could not undefine it."""
+    for name in (target, safety):
+        guest.forget_domain_snapshot(name)
+
+
+def let_call_end(guest: guests.Guest, life: str | None) -> None:
+    """Wait for a call that takes a guest down or starts it, whose end nobody
+    hears of.
+
+    :param life: the guest's before it, None if it was off
+    :raises UndoFailed: if it does not end
+    """
     begun = time.monotonic()
 
     def is_over() -> bool:

@@ -14,6 +14,7 @@
 
 import collections.abc
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -283,12 +284,19 @@ class NovaHost:
 
 class RebuildingHost(NovaHost):
     """Nova's rights while it rebuilds a server: its guest is started
-    whatever the server was before, unless it is to go."""
+    whatever the server was before, unless it is to go.
+
+    What is tried again when the rebuild has ended has no such right.
+    """
 
     def may_start(self) -> contextlib.AbstractContextManager[bool]:
+        if self._called_in() is None:
+            return super().may_start()
         return self._asked((), _GOING_DOWN)
 
     def may_resume(self) -> contextlib.AbstractContextManager[bool]:
+        if self._called_in() is None:
+            return super().may_resume()
         return self._asked((), _GOING_DOWN)
 
 
@@ -356,6 +364,8 @@ class SnapshotLibvirtDriver(
     def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
         conf.register_opts(CONF)
         super().__init__(virtapi, read_only=read_only)
+        #: servers whose disks are about to be copied to another host
+        self._leaving: set[str] = set()
 
     def init_host(self, host: str) -> None:
         super().init_host(host)
@@ -405,7 +415,7 @@ class SnapshotLibvirtDriver(
         :raises NotImplementedError: if there is none (any more), so that
             Nova's own rebuild serves, from the image
         :raises nova.exception.InstanceFaultRollback: if the server can't go
-            back; it is as it was
+            back, or nobody knows whether it is to; it is as it was
         :raises nova.exception.InstanceNotFound: if it is being deleted
         :raises nova.exception.NovaException: if its guest is not what it was
             and not rolled back either
@@ -413,7 +423,7 @@ class SnapshotLibvirtDriver(
         if evacuate or preserve_ephemeral or reimage_boot_volume:
             raise NotImplementedError
         records = domain_records.Records(state_directory(), instance.uuid)
-        record = rebuilding.record_of(records, instance)
+        record = rebuilding.record_of(context, instance, records)
         if record is None:
             raise NotImplementedError
         with rebuilding.refusing(context, instance, record):
@@ -446,6 +456,8 @@ class SnapshotLibvirtDriver(
             block_device_info: dict[str, typing.Any] | None = None,
             destroy_disks: bool = True, *arguments: typing.Any,
             **others: typing.Any) -> typing.Any:
+        if destroy_disks:
+            self._upkeep.let_undefine(instance)
         result = super().cleanup(
             context, instance, network_info, block_device_info,
             destroy_disks, *arguments, **others)
@@ -458,9 +470,19 @@ class SnapshotLibvirtDriver(
             instance: objects.Instance, dest: str, *arguments: typing.Any,
             **others: typing.Any) -> typing.Any:
         if dest != self.get_host_ip_addr():
+            self._leaving.add(instance.uuid)
+        try:
+            return super().migrate_disk_and_power_off(
+                context, instance, dest, *arguments, **others)
+        finally:
+            self._leaving.discard(instance.uuid)
+
+    def power_off(self, instance: objects.Instance, *arguments: typing.Any,
+                  **others: typing.Any) -> None:
+        # Nova has refused by now whatever migration it refuses.
+        if instance.uuid in self._leaving:
             self._upkeep.delete_all(instance, _MOVES)
-        return super().migrate_disk_and_power_off(
-            context, instance, dest, *arguments, **others)
+        super().power_off(instance, *arguments, **others)
 
     def live_migration(
             self, context: nova_context.RequestContext,
@@ -476,7 +498,7 @@ class SnapshotLibvirtDriver(
         super().manage_image_cache(context, all_instances)
         self._upkeep.delete_all_unwanted(context)
 
-    @property
+    @functools.cached_property
     def _upkeep(self) -> upkeep.Upkeep:
         return upkeep.Upkeep(
             state_directory(), self._our_guest,
@@ -505,9 +527,6 @@ class SnapshotLibvirtDriver(
                       'not known, and nothing of it is undone: %s', error)
         for instance in instances:
             _forget_progress(instance)
-        threading.Thread(target=self._upkeep.delete_all_unwanted,
-                         args=(nova_context.get_admin_context(),),
-                         daemon=True).start()
         return instances
 
     def _finish(self, path: str, uuid: str,

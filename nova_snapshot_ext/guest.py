@@ -820,6 +820,12 @@ class Guest:
             raise
         return xml
 
+    def domain_snapshots(self) -> list[str]:
+        """The names of all that libvirt knows."""
+        with self._calling('Domain snapshots'):
+            names: list[str] = self._domain.snapshotListNames()
+        return names
+
     def current_domain_snapshot(self) -> str | None:
         """The name of the one that libvirt has it descend from."""
         try:

@@ -133,9 +133,14 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
                 f'The internal snapshot {name} of {path} can not be deleted')
 
 
+def is_ours(name: str) -> bool:
+    """Whether a name is that of a snapshot of ours."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """:raises ValueError: if it is not the name of a snapshot of ours"""
-    if not _NAME.fullmatch(name):
+    if not is_ours(name):
         raise ValueError(f'{name} is not a snapshot of ours')
 
 

@@ -66,20 +66,13 @@ def start_guest(around: undo.Surroundings, guest: guests.Guest,
             guest.start()
 
 
-@undo.step
 @undo.with_guest
 def start_again(around: undo.Surroundings, guest: guests.Guest,
-                life: str, paused: bool) -> None:
-    """Start a guest that we turned off.
+                paused: bool) -> None:
+    """Start a guest that we turned off, if it is off and we may.
 
-    :param life: the guest's before that
     :param paused: that it was paused
     """
-    begun = time.monotonic()
-    # A dead owner may have left libvirt to do it.
-    while (around.owner_died and guest.life() == life
-           and time.monotonic() - begun < LOCK_WAIT_S):
-        time.sleep(_POLL_S)
     if guest.state() is guests.State.SHUTOFF:
         with around.host.may_start() as allowed:
             if allowed and guest.state() is guests.State.SHUTOFF:

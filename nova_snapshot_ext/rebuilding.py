@@ -68,15 +68,24 @@ def is_of_server(record: domain_records.Record) -> bool:
     return _INSTANCE in record.extra
 
 
-def record_of(records: domain_records.Records, instance: objects.Instance,
+def record_of(context: nova_context.RequestContext,
+              instance: objects.Instance, records: domain_records.Records,
               ) -> domain_records.Record | None:
-    """The snapshot of an instance that its new image was made of."""
+    """The snapshot of an instance that its new image was made of.
+
+    :raises nova.exception.InstanceFaultRollback: if that is not known: Nova
+        would delete the disk, with a snapshot that may be asked for
+    """
     try:
         known = records.all()
-    except exception.SnapshotError as error:
-        LOG.error('It is rebuilt from its image, rolled back or not: %s',
-                  error, instance=instance)
-        return None
+    except (exception.SnapshotError, OSError) as error:
+        LOG.error('Whether it is to be rolled back is not known, and it is '
+                  'left as it was: %s', error, instance=instance)
+        # Any of its snapshots knows the image that its disk is made of.
+        for record in filter(is_of_server, records.readable()):
+            put_back(context, instance, record)
+            break
+        raise _left_as_it_was(instance, error) from error
     return next((record for record in known
                  if record.image_id == instance.image_ref
                  and is_of_server(record)), None)
@@ -140,11 +149,15 @@ def refusing(context: nova_context.RequestContext,
             put_back(context, instance, record)
             LOG.warning('It is not rolled back, and left as it was: %s',
                         error, instance=instance)
-            # As Nova does where a rebuild can't be: no fault of the service.
-            raise nova_exception.InstanceFaultRollback(
-                nova_exception.BuildAbortException(
-                    instance_uuid=instance.uuid,
-                    reason=str(error))) from error
+            raise _left_as_it_was(instance, error) from error
+
+
+def _left_as_it_was(instance: objects.Instance, error: Exception,
+                    ) -> nova_exception.InstanceFaultRollback:
+    """As Nova says that a rebuild can't be: no fault of the service."""
+    return nova_exception.InstanceFaultRollback(
+        nova_exception.BuildAbortException(
+            instance_uuid=instance.uuid, reason=str(error)))
 
 
 @contextlib.contextmanager

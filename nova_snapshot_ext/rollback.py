@@ -43,6 +43,13 @@ from nova_snapshot_ext import workspace
 
 LOG = logging.getLogger(__name__)
 
+# Where a guest is on the host: others may have what it had then.
+_PLACEMENT = {
+    'the CPUs of the host that it is given (cputune)': './cputune',
+    'its NUMA nodes of the host (numatune)': './numatune',
+    'its pages of memory (memoryBacking)': './memoryBacking',
+    'its own NUMA nodes (cpu)': './cpu/numa',
+}
 # How long the guest agent may take to open its channel anew.
 _AGENT_S = 3.0
 
@@ -126,6 +133,9 @@ def _why_not_its_memory(guest: guests.Guest,
         if then.findtext(path) != now.findtext(path):
             return (f'its {what} were {then.findtext(path)} then and are '
                     f'{now.findtext(path)} now')
+    for what, path in _PLACEMENT.items():
+        if _canonical(then, path) != _canonical(now, path):
+            return f'{what} were others then, which it would be given again'
     if _interfaces(then) != _interfaces(now):
         return 'it has other network interfaces than it had then'
     if record.host_cpu and record.host_cpu != guest.host_cpu():
@@ -140,6 +150,12 @@ def _why_not_its_memory(guest: guests.Guest,
             return (f'its present memory may take {memory} bytes in '
                     f'{directory} meanwhile, where {free} are free')
     return None
+
+
+def _canonical(domain: ElementTree.Element, path: str) -> str:
+    found = domain.find(path)
+    return '' if found is None else ElementTree.canonicalize(
+        ElementTree.tostring(found, encoding='unicode'), strip_text=True)
 
 
 def _interfaces(domain: ElementTree.Element) -> set[str]:
@@ -231,27 +247,52 @@ class _Way:
                         halt=True)
                 self.guest.define_domain_snapshot(self.record.domain_xml)
                 self.records.set_current(name)
-                self.guest.revert_to(name)
-            back.drop()
-            self.done = True
+                self._come_up(lambda: self.guest.revert_to(name))
+            self._arrive(back)
+            # While nobody can want to undefine it. The log has it as well.
+            with contextlib.suppress(exception.SnapshotError):
+                for each in (name, self._safety):
+                    self.guest.forget_domain_snapshot(each)
 
     def _disks_alone(self) -> None:
         paused = self.guest.state() is guests.State.PAUSED
-        with self._allowed_to_start(), self.pause.measured():
-            if self._life is not None:
-                self._log.push(
-                    power.start_again, life=self._life, paused=paused)
-                self.guest.destroy()
+        with self._allowed_to_start():
             back = self._push_way_back()
-            self._hold_disks()
-            for path in self._paths:
-                internal_snapshot.apply_named(
-                    path, self.record.name, self._log)
-            self.records.set_current(self.record.name)
-            if self._life is not None:
-                self.guest.start(paused)
-            back.drop()
-            self.done = True
+            with self.pause.measured(), self._log.calling():
+                if self._life is not None:
+                    self.guest.destroy()
+                self._hold_disks()
+                for path in self._paths:
+                    internal_snapshot.apply_named(
+                        path, self.record.name, self._log)
+                self.records.set_current(self.record.name)
+                if self._life is not None:
+                    self._come_up(lambda: self.guest.start(paused))
+            self._arrive(back)
+
+    def _come_up(self, call: collections.abc.Callable[[], None]) -> None:
+        """Make the call that starts a guest that is off.
+
+        If its connection breaks it goes on all the same, or did not begin:
+        the guest shows which.
+        """
+        try:
+            call()
+        except guests.LibvirtError as error:
+            if not error.of_connection:
+                raise
+            domain_snapshot.let_call_end(self.guest, None)
+            if self.guest.state() is guests.State.SHUTOFF:
+                raise
+
+    def _arrive(self, back: undo.Entry) -> None:
+        """Have it stay where it is, and delete what held its state."""
+        self._log.push(
+            domain_snapshot.delete_domain_snapshot, name=self._safety,
+            uuid=self.guest.uuid, paths=self._paths,
+            state_directory=self.records.state_directory)
+        back.drop()
+        self.done = True
 
     @contextlib.contextmanager
     def _allowed_to_start(self) -> collections.abc.Iterator[None]:
@@ -263,13 +304,10 @@ class _Way:
             yield
 
     def _push_way_back(self) -> undo.Entry:
-        self._log.push(
-            domain_snapshot.delete_domain_snapshot, name=self._safety,
-            uuid=self.guest.uuid, paths=self._paths,
-            state_directory=self.records.state_directory)
         return self._log.push(
             domain_snapshot.come_back, target=self.record.name,
             safety=self._safety, paths=self._paths, life=self._life,
+            paused=self.guest.state() is guests.State.PAUSED,
             current=self.records.current, uuid=self.guest.uuid,
             state_directory=self.records.state_directory)
 

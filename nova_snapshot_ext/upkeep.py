@@ -19,6 +19,7 @@ server, and with its disk.
 """
 
 import collections.abc
+import time
 import typing
 
 from nova.compute import vm_states
@@ -34,6 +35,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import presence
+from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import rebuilding
 from nova_snapshot_ext import reconcile
 
@@ -41,6 +43,9 @@ LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
 _SHOWN = 'image_shown'
+# For so long Glance has to say that an image is gone before it is believed of
+# all servers: it may be another Glance, or have an old database, by mistake.
+_MISSING_S = 3600.0
 
 
 def remembered(image_id: str) -> dict[str, typing.Any]:
@@ -74,6 +79,8 @@ class Upkeep:
         self._state_directory = state_directory
         self._guest_of = guest_of
         self._host_of = host_of
+        #: by name of a snapshot: when its image was first found missing
+        self._missing_since: dict[str, float] = {}
 
     def forget(self, uuid: str) -> None:
         """Drop the records of a server whose disk is gone, or another one."""
@@ -83,20 +90,41 @@ class Upkeep:
             LOG.warning('Records of its domain snapshots stay: %s', error,
                         instance_uuid=uuid)
 
+    def let_undefine(self, instance: objects.Instance) -> None:
+        """Have libvirt know no snapshot of a server that goes: what a
+        rollback that was cut off left would keep Nova from undefining it."""
+        try:
+            guest = self._guest_of(instance)
+            for name in filter(internal_snapshot.is_ours,
+                               guest.domain_snapshots()):
+                guest.forget_domain_snapshot(name)
+        except (exception.GuestGone, nova_exception.InstanceNotRunning):
+            pass
+        except exception.SnapshotError as error:
+            LOG.warning('libvirt may know snapshots of it, and refuse to '
+                        'undefine it: %s', error, instance=instance)
+
     def delete_all(self, instance: objects.Instance, why: str) -> None:
         """Delete the snapshots of a server that moves, as far as possible."""
         self._delete(instance, self._known(instance), why)
 
     def delete_unwanted(self, instance: objects.Instance) -> None:
-        """Delete the snapshots of a server whose images are gone."""
+        """Delete the snapshots of a server whose images are gone.
+
+        At once, for one that is about to have another: Glance has just shown
+        the new one's image.
+        """
         try:
-            self._delete_unwanted(instance)
+            self._delete_unwanted(instance, missing_s=0.0)
         except exception.ImageServiceError as error:
             _say_unknown(error)
 
     def delete_all_unwanted(
             self, context: nova_context.RequestContext) -> None:
-        """The same for every server, and see whether it is still here."""
+        """The same for every server, and see whether it is still here.
+
+        What is missing is deleted when it still is after an hour or more.
+        """
         for uuid in domain_records.uuids(self._state_directory):
             try:
                 self._see_to(context, uuid)
@@ -121,11 +149,12 @@ class Upkeep:
                 instance.vm_state == vm_states.RESIZED):
             return      # its disk may be on its way, or there twice
         if instance.host == CONF.host:
-            self._delete_unwanted(instance)
+            self._delete_unwanted(instance, _MISSING_S)
         else:
             self.forget(uuid)
 
-    def _delete_unwanted(self, instance: objects.Instance) -> None:
+    def _delete_unwanted(self, instance: objects.Instance,
+                         missing_s: float) -> None:
         """:raises ImageServiceError: if Glance gives no clear answer"""
         known = self._known(instance)
         if known:
@@ -133,15 +162,26 @@ class Upkeep:
             self._delete(
                 instance, [record for record in known
                            if record.extra.get(_SHOWN)
-                           and not presence.is_shown(
-                               glance, record.image_id)],
+                           and self._missing_for(glance, record) >= missing_s],
                 'its image was deleted')
+
+    def _missing_for(self, glance: typing.Any,
+                     record: domain_records.Record) -> float:
+        """For how many seconds its image has been missing; -1 if it is not.
+
+        A new nova-compute begins to count anew.
+        """
+        if presence.is_shown(glance, record.image_id):
+            self._missing_since.pop(record.name, None)
+            return -1.0
+        now = time.monotonic()
+        return now - self._missing_since.setdefault(record.name, now)
 
     def _known(self, instance: objects.Instance,
                ) -> list[domain_records.Record]:
         try:
             return self._records(instance.uuid).all()
-        except exception.SnapshotError as error:
+        except (exception.SnapshotError, OSError) as error:
             LOG.error('Its domain snapshots are left as they are: %s', error,
                       instance=instance)
             return []
@@ -155,6 +195,7 @@ class Upkeep:
                 domain_snapshot.delete(
                     self._guest_of(instance), record, records,
                     self._host_of(instance))
+                self._missing_since.pop(record.name, None)
                 LOG.info('The domain snapshot of image %s is deleted: %s',
                          record.image_id, why, instance=instance)
         except (exception.SnapshotError, OSError,

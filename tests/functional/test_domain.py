@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import typing
 
@@ -29,6 +30,7 @@ from nova_snapshot_ext.cmd import snapshot as cli
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guard
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
@@ -461,6 +463,36 @@ class FailedTest(DomainTestCase):
                          device=node['node-name'], name=record.name)
             ours.monitor('blockdev-snapshot-internal-sync',
                          device=node['node-name'], name=record.name)
+
+    def test_guest_is_not_left_paused_when_libvirtd_dies(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        record, _, _ = self.keep(guest, 'then')
+        killed_in = []
+
+        def kill() -> None:
+            while guest.domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+                time.sleep(0.005)
+            killed_in.append(guest.domain.state())
+            self.libvirtd.kill()
+            self.libvirtd.start()
+        thread = threading.Thread(target=kill)
+        thread.start()
+        error = self.assertRaises(
+            exception.SnapshotError, rollback.revert, self.ours(guest),
+            record, self.records(guest), hosts.PlainHost())
+        thread.join()
+        print(f'libvirtd killed in {killed_in}: {error}', flush=True)
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        guest.domain = connection.lookupByUUIDString(guest.uuid)
+        # What can't be undone while libvirtd is away is tried again.
+        for path in self.state.glob('*.undo'):
+            ours = self.ours(guest)
+            self.assertTrue(guard.bring_back(
+                str(path), lambda uri, uuid: ours, hosts.PlainHost()))
+        self.assert_libvirt_knows_none(guest)
+        self.assert_lives(guest)
+        self.delete_all(guest)
 
 
 class CommandTest(DomainTestCase, test_cli.CommandTestCase):

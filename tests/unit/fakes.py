@@ -344,6 +344,10 @@ class FakeDomain:
             self.journal.append('halted')
             self.off(libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT)
 
+    def snapshotListNames(self, flags: int = 0) -> list[str]:
+        self._may_fail('snapshotListNames')
+        return list(self.snapshots)
+
     def snapshotLookupByName(self, name: str,
                              flags: int = 0) -> FakeDomainSnapshot:
         if name not in self.snapshots:

@@ -402,8 +402,8 @@ class TestUndo(DomainTestCase):
                     self.around, name=name),
                 lambda name: domain_snapshot.come_back(
                     self.around, target=MINE, safety=name, paths=[],
-                    life=None, current=None, uuid=fakes.UUID,
-                    state_directory='/')):
+                    life=None, paused=False, current=None,
+                    uuid=fakes.UUID, state_directory='/')):
             self.assertRaises(ValueError, step, 'theirs')
 
     def test_guest_that_is_gone_needs_nothing(self) -> None:

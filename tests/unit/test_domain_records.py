@@ -86,6 +86,32 @@ class TestRecords(base.TestCase):
             [None], [each.parent for each in self.again().all()])
         self.assertIsNone(self.again().current)
 
+    def test_one_that_can_not_be_read_does_not_keep_another(self) -> None:
+        self.add_three()
+        with open(f'{self.records.directory}/{THREE}.json', 'w'):
+            pass
+        self.records.remove(ONE)
+        self.assertEqual([(TWO, None)], [
+            (each.name, each.parent) for each in self.records.readable()])
+
+    def test_directories_that_another_makes_or_drops_meanwhile(self) -> None:
+        parent = os.path.dirname(self.records.directory)
+        real = os.mkdir
+        done: list[str] = []
+
+        def mkdir(path: str, *arguments: int, **more: int) -> None:
+            done.append(path)
+            if len(done) == 1:
+                real(parent)            # by another
+            elif len(done) == 2:
+                os.rmdir(parent)
+            real(path, *arguments, **more)
+        self.patch_name('os.geteuid', lambda: 1234)
+        self.patch_name('os.mkdir', mkdir)
+        self.records.add(record(ONE))
+        self.assertEqual(4, len(done))
+        self.assertEqual([ONE], [each.name for each in self.records.all()])
+
     def test_last_one_leaves_nothing(self) -> None:
         self.add_three()
         for name in (ONE, TWO, THREE):

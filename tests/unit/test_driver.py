@@ -113,6 +113,7 @@ class DriverTestCase(base.TestCase):
             flavor=objects.Flavor(extra_specs={}))
         self.driver = driver.SnapshotLibvirtDriver.__new__(
             driver.SnapshotLibvirtDriver)
+        self.driver._leaving = set()
         self.driver._host = self.nova_host = FakeNovaHost(self.domain)
         self.driver._image_api = self.api = FakeImageAPI()
         self.events: list[str] = []

@@ -16,6 +16,7 @@ import inspect
 import threading
 import typing
 
+import libvirt
 from nova.compute import task_states
 from nova.compute import vm_states
 from nova import exception as nova_exception
@@ -162,6 +163,22 @@ class TestRebuildingHost(RebuildTestCase):
                 self.assertTrue(resume)
         self.assertEqual(['cpus'] * 6, self.journal)
 
+    def test_who_tries_again_later_minds_what_the_server_is(self) -> None:
+        host = self.rebuilding_host()
+        self.instance.task_state = None
+        allowed: list[bool] = []
+
+        def try_again() -> None:
+            for ask in (host.may_start, host.may_resume):
+                with ask() as may:
+                    allowed.append(may)
+        for self.instance.vm_state in (vm_states.STOPPED,
+                                       vm_states.RESCUED):
+            thread = threading.Thread(target=try_again)
+            thread.start()
+            thread.join()
+        self.assertEqual([False] * 4, allowed)
+
     def test_but_not_if_it_is_to_go(self) -> None:
         host = self.rebuilding_host()
         self.instance.task_state = task_states.DELETING
@@ -178,8 +195,8 @@ class TestDrop(RebuildTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        for name in ('cleanup', 'migrate_disk_and_power_off',
-                     'live_migration', 'manage_image_cache'):
+        for name in ('cleanup', 'power_off', 'live_migration',
+                     'manage_image_cache'):
             self.patch_name(
                 f'nova.virt.libvirt.driver.LibvirtDriver.{name}',
                 lambda driver, *what, name=name, **more:
@@ -201,21 +218,67 @@ class TestDrop(RebuildTestCase):
     def test_records_go_with_the_disks(self) -> None:
         self.assertEqual(0, self.cleanup())
 
+    def test_libvirt_knows_none_when_the_domain_is_undefined(self) -> None:
+        domain = self.nova_host.domain
+        domain.snapshots = {self.record.name: '', 'theirs': ''}
+        self.patch_name(
+            'nova.virt.libvirt.driver.LibvirtDriver.cleanup',
+            lambda *what, **more: self.journal.append(
+                f'cleanup {list(domain.snapshots)}'))
+        for error in (None, libvirt.VIR_ERR_NO_DOMAIN,
+                      libvirt.VIR_ERR_OPERATION_FAILED):
+            if error is not None:
+                domain.errors['snapshotListNames'] = (
+                    fakes.libvirt_error(error))
+            self.driver.cleanup(self.context, self.instance, [], None)
+        self.nova_host.domain = None
+        self.driver.cleanup(self.context, self.instance, [], None)
+        self.assertEqual(["cleanup ['theirs']"] * 4,
+                         self.journal.of('cleanup'))
+
     def test_records_stay_with_the_disks(self) -> None:
         self.assertEqual(1, self.cleanup(
             False, destroy_vifs=False, destroy_secrets=False))
 
-    def test_snapshots_are_deleted_before_the_disk_is_copied(self) -> None:
+    def migrate(self, dest: str, error: Exception | None = None) -> None:
+        """As Nova does it: what it refuses, it refuses before the guest is
+        turned off."""
+        def move(driver: typing.Any, context: object,
+                 instance: objects.Instance, *what: object) -> None:
+            if error is not None:
+                raise error
+            driver.power_off(instance, 60, retry_interval=10)
+            self.journal.append('copy')
+        self.patch_name('nova.virt.libvirt.driver.LibvirtDriver.'
+                        'migrate_disk_and_power_off', move)
         self.driver.migrate_disk_and_power_off(
-            self.context, self.instance, '10.0.0.2', None, [], None, 0, 0)
-        self.assertEqual(['delete', 'migrate_disk_and_power_off'],
-                         self.journal)
+            self.context, self.instance, dest, None, [], None, 60, 10)
+
+    def test_snapshots_are_deleted_before_the_disk_is_copied(self) -> None:
+        self.migrate('10.0.0.2')
+        self.assertEqual(['delete', 'power_off', 'copy'], self.journal)
         self.assertEqual([], self.records.all())
 
+    def test_migration_that_nova_refuses_keeps_them(self) -> None:
+        self.assertRaises(
+            nova_exception.InstanceFaultRollback, self.migrate, '10.0.0.2',
+            nova_exception.InstanceFaultRollback())
+        self.driver.power_off(self.instance)
+        self.assertEqual(['power_off'], self.journal)
+        self.assertEqual([self.record], self.records.all())
+
     def test_resize_on_the_same_host_keeps_them(self) -> None:
-        self.driver.migrate_disk_and_power_off(
-            self.context, self.instance, '10.0.0.1', None, [])
-        self.assertEqual(['migrate_disk_and_power_off'], self.journal)
+        self.migrate('10.0.0.1')
+        self.assertEqual(['power_off', 'copy'], self.journal)
+
+    def test_nova_turns_it_off_when_it_has_refused_what_it_refuses(
+            self) -> None:
+        source = inspect.getsource(
+            libvirt_driver.LibvirtDriver.migrate_disk_and_power_off)
+        before, _, after = source.partition('self.power_off(instance')
+        self.assertIn('InstanceFaultRollback', before)
+        self.assertNotIn('InstanceFaultRollback', after)
+        self.assertIn('copy_image', after)
 
     def test_snapshots_are_deleted_before_a_live_migration(self) -> None:
         self.driver.live_migration(
@@ -228,10 +291,14 @@ class TestDrop(RebuildTestCase):
         self.patch_name('nova_snapshot_ext.images.presence.is_shown',
                         lambda glance, image_id: False)
         self.instance.task_state = None
-        self.driver.manage_image_cache(self.context, [])
-        self.assertEqual(['manage_image_cache', 'delete'], self.journal)
+        now = [0.0]
+        self.patch_name('time.monotonic', lambda: now[0])
+        for now[0] in (0.0, 3600.0):
+            self.driver.manage_image_cache(self.context, [])
+        self.assertEqual(['manage_image_cache'] * 2 + ['delete'],
+                         self.journal)
 
-    def test_and_at_the_start_beside_novas_work(self) -> None:
+    def test_no_disk_is_written_to_while_nova_starts_the_guests(self) -> None:
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.'
             'process_instances_at_startup',
@@ -241,7 +308,7 @@ class TestDrop(RebuildTestCase):
             lambda upkeep, context: self.journal.append('look'))
         self.patch_name('threading.Thread.start', threading.Thread.run)
         self.driver.process_instances_at_startup(self.context, [])
-        self.assertEqual(['look'], self.journal)
+        self.assertEqual([], self.journal)
 
 
 class TestRemembering(RebuildTestCase):

@@ -218,7 +218,8 @@ class TestRefusal(RebuildingTestCase):
 class TestRecord(RebuildingTestCase):
 
     def found(self) -> domain_records.Record | None:
-        return rebuilding.record_of(self.records, self.server)
+        return rebuilding.record_of(
+            self.context, self.server, self.records)
 
     def test_by_its_image(self) -> None:
         second = servers.new_record(servers.new_server(), 1)
@@ -240,11 +241,26 @@ class TestRecord(RebuildingTestCase):
         self.server.image_ref = servers.IMAGES[1]
         self.assertIsNone(self.found())
 
-    def test_records_that_can_not_be_read(self) -> None:
-        self.new_file(f'state/domain-snapshots/{fakes.UUID}/'
-                      f'snapshot-ext-{9:032x}.json', b'{')
-        self.assertIsNone(self.found())
-        self.assertIn('snapshot-ext-', self.output.output)
+    def test_records_that_can_not_be_read_destroy_no_disk(self) -> None:
+        name = f'snapshot-ext-{9:032x}'
+        self.new_file(f'state/domain-snapshots/{fakes.UUID}/{name}.json',
+                      b'{')
+        real = domain_records.Records._read
+
+        def deny(records: domain_records.Records,
+                 which: str) -> domain_records.Record:
+            if which == name:
+                raise PermissionError('denied')
+            return real(records, which)
+        for read, why in ((real, name), (deny, 'denied')):
+            self.patch_name(
+                'nova_snapshot_ext.domain_records.Records._read', read)
+            servers.rebuild_by_api(self.server, servers.IMAGES[0])
+            error = self.assertRaises(
+                nova_exception.InstanceFaultRollback, self.found)
+            self.assertIn(why, str(error.inner_exception))
+            self.assertIn(why, self.output.output)
+            self.assertOfBase()
 
     def test_what_is_remembered_survives_the_disk(self) -> None:
         [read] = domain_records.Records(self.state, fakes.UUID).all()

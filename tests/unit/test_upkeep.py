@@ -54,6 +54,8 @@ class UpkeepTestCase(base.TestCase):
         self.deleted: list[str] = []
         self.upkeep = upkeep.Upkeep(
             self.state, self.guest_of, lambda instance: self.host)
+        self.now = 1.0
+        self.patch_name('time.monotonic', lambda: self.now)
 
     def get(self, context: object, uuid: str,
             expected_attrs: object) -> objects.Instance:
@@ -82,6 +84,10 @@ class UpkeepTestCase(base.TestCase):
         records.remove(record.name)
         self.deleted.append(record.image_id)
 
+    @staticmethod
+    def refuse(*what: object) -> typing.NoReturn:
+        raise PermissionError('denied')
+
     def add(self, *numbers: int, **changes: typing.Any) -> None:
         for number in numbers:
             self.records.add(servers.new_record(
@@ -90,7 +96,12 @@ class UpkeepTestCase(base.TestCase):
     def left(self) -> list[str]:
         return [record.image_id for record in self.records.all()]
 
-    def see_to_all(self) -> None:
+    def see_to_all(self, hours: float = 0.0) -> None:
+        """As Nova's image cache has it done.
+
+        :param hours: since the last time
+        """
+        self.now += hours * 3600
         self.upkeep.delete_all_unwanted(nova_context.get_admin_context())
 
 
@@ -102,6 +113,22 @@ class TestImages(UpkeepTestCase):
         self.upkeep.delete_unwanted(self.server)
         self.assertEqual([servers.IMAGES[1]], self.deleted)
         self.assertEqual([servers.IMAGES[0], servers.IMAGES[2]], self.left())
+
+    def test_image_has_to_be_missing_for_an_hour(self) -> None:
+        self.add(0, 1)
+        self.gone = set(servers.IMAGES)
+        for hours in (0.0, 0.5, 0.4):
+            self.see_to_all(hours)
+            self.assertEqual([], self.deleted)
+        # Glance was another one until now.
+        self.gone = {servers.IMAGES[0]}
+        self.see_to_all(0.2)
+        self.assertEqual([servers.IMAGES[0]], self.deleted)
+        self.gone = set(servers.IMAGES)
+        self.see_to_all(2.0)
+        self.assertEqual([servers.IMAGES[1]], self.left())
+        self.see_to_all(1.0)
+        self.assertEqual([], self.left())
 
     def test_glance_that_does_not_answer_keeps_them_all(self) -> None:
         self.add(0, 1)
@@ -154,7 +181,8 @@ class TestServers(UpkeepTestCase):
         self.gone = {servers.IMAGES[0]}
 
     def test_server_of_this_host(self) -> None:
-        self.see_to_all()
+        for hours in (0.0, 1.0):
+            self.see_to_all(hours)
         self.assertEqual([servers.IMAGES[0]], self.deleted)
 
     def test_server_that_is_gone_has_no_records(self) -> None:
@@ -191,7 +219,8 @@ class TestServers(UpkeepTestCase):
         first = domain_records.Records(self.state, other)
         first.add(servers.new_record(servers.new_server(uuid=other)))
         self.known[other] = None
-        self.see_to_all()
+        for hours in (0.0, 1.0):
+            self.see_to_all(hours)
         self.assertIn('AttributeError', self.output.output)
         self.assertEqual([servers.IMAGES[0]], self.deleted)
 
@@ -209,13 +238,15 @@ class TestServers(UpkeepTestCase):
                       f'snapshot-ext-{9:032x}.json', b'{')
         self.upkeep.delete_all(self.server, 'it moves')
         self.assertEqual([], self.deleted)
+        self.patch_name('nova_snapshot_ext.domain_records.Records._read',
+                        self.refuse)
+        self.upkeep.delete_all(self.server, 'it moves')
+        self.assertIn('denied', self.output.output)
         self.upkeep.forget(fakes.UUID)
         self.assertEqual([], self.records.all())
 
     def test_records_that_can_not_be_dropped_hold_nothing_up(self) -> None:
-        def refuse(records: object) -> None:
-            raise PermissionError('denied')
         self.patch_name('nova_snapshot_ext.domain_records.Records.forget',
-                        refuse)
+                        self.refuse)
         self.upkeep.forget(fakes.UUID)
         self.assertIn('denied', self.output.output)
