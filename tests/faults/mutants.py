@@ -78,7 +78,6 @@ BY_UNIT_TESTS = {
     'delete_domain_snapshot': 'tests.unit.test_domain',
     'forget_domain_snapshot': 'tests.unit.test_domain',
     'let_taking_end': 'tests.unit.test_domain',
-    'start_again': 'tests.unit.test_rollback',
     'resume_guest': 'tests.unit.test_live',
     'attach_device': 'tests.unit.test_power',
     'restore_owner': 'tests.unit.test_borrowed',
