@@ -188,7 +188,7 @@ class RollBackTest(DomainTestCase):
         self.rebuild(server, self.cloud.image.find_image(
             'guest', ignore_missing=False))
         self.wait_writes(server)
-        self.assertEqual([], list(self.state_directory.iterdir()))
+        self.assertEqual([], self.state_files())
         self.rebuild(server, image)
         self.wait(lambda: f'booted from {instant}' in self.console(server),
                   'its boot')
@@ -232,7 +232,7 @@ class RoomTest(DomainTestCase):
         self.assertEqual(2, len(self.held(server)))
         self.roll_back(server, second)
         self._delete_server(server)
-        self.assertEqual([], list(self.state_directory.iterdir()))
+        self.assertEqual([], self.state_files())
         self.assertFalse(self.disk(server).exists())
 
     def test_limit_makes_room_for_nothing_but_deleted_images(self):
@@ -294,7 +294,7 @@ class LifeTest(DomainTestCase):
         shelved = self.cloud.image.find_image(f'{server.name}-shelved')
         self.addCleanup(self.cloud.image.delete_image, shelved.id,
                         ignore_missing=True)
-        self.assertEqual([], list(self.state_directory.iterdir()))
+        self.assertEqual([], self.state_files())
         self.compute.unshelve_server(server)
         self.wait_status(server, 'ACTIVE')
         self.wait_writes(server)

@@ -46,7 +46,7 @@ class FailureTestCase(base.CloudTestCase):
         self.assertNotIn('snapshots', json.loads(base.run(
             'qemu-img', 'info', '-U', '--output=json', '-f', 'qcow2',
             self.disk(server))))
-        self.wait(lambda: not any(self.state_directory.iterdir()),
+        self.wait(lambda: not self.state_files(),
                   'the undo log to go')
         self.assert_host_is_clean()
 

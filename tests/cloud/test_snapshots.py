@@ -235,7 +235,7 @@ class SlowTest(base.CloudTestCase):
         image_id = self._begin(server)
         begun = time.monotonic()
         self.compute.delete_server(server)
-        self.wait(lambda: not any(self.state_directory.iterdir()),
+        self.wait(lambda: not self.state_files(),
                   'the undo log to go')
         self.assertLess(time.monotonic() - begun, self.ENDED_S)
         # What is left to wait for is Nova's.
@@ -303,7 +303,7 @@ class DeadComputeTest(base.CloudTestCase):
         self.wait_idle(server)
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
-        self.wait(lambda: not any(self.state_directory.iterdir()),
+        self.wait(lambda: not self.state_files(),
                   'the records to go')
         self.assert_host_is_clean()
         [event] = [event for event in self.events(server)
@@ -430,7 +430,7 @@ class OperatorTest(base.CloudTestCase):
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
         self.assertFalse(self.disk(server).exists())
-        self.wait(lambda: not any(self.state_directory.iterdir()),
+        self.wait(lambda: not self.state_files(),
                   'the undo log to go')
 
     def test_agent_quiesces_the_file_systems(self):

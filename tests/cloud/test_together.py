@@ -178,7 +178,7 @@ class OneServerTest(base.CloudTestCase):
         self.assertEqual(202, answer.status_code, answer.text)
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
-        self.wait(lambda: not any(self.state_directory.iterdir()),
+        self.wait(lambda: not self.state_files(),
                   'the undo log to go')
         self.assertIn('was reset', self.why_failed(server))
         self.addDetail(f'{flow} ended after',
