@@ -281,7 +281,7 @@ def _flow_of(conf: cfg.ConfigOpts, guest: guests_.Guest) -> str:
     :raises SnapshotError: if none would
     """
     disk = guest.root_disk()
-    request = settings.request(
+    request = settings.server_request(
         conf, disk, requests.Quiesce.IF_POSSIBLE, may_stop=True,
         domain=requests.DomainSnapshot())
     return selection.candidates(

@@ -606,7 +606,7 @@ class SnapshotLibvirtDriver(
         with contextlib.suppress(OSError):
             os.makedirs(CONF.libvirt.snapshots_directory, exist_ok=True)
         kept = caller in _DISK_KEPT
-        request = settings.request(
+        request = settings.server_request(
             CONF, guest.root_disk(), _quiesce(instance), may_stop=kept,
             domain=requests.DomainSnapshot(
                 memory=_with_memory(image),

@@ -43,6 +43,7 @@ _OVERRIDES = {
     'manage_image_cache': ('self', 'context', 'all_instances'),
     'migrate_disk_and_power_off': (
         'self', 'context', 'instance', 'dest', _MORE),
+    'power_off': ('self', 'instance', _MORE),
     'process_instances_at_startup': ('self', 'context', 'instances'),
     'rebuild': ('self', 'context', 'instance', _MORE),
     'snapshot': ('self', 'context', 'instance', 'image_id',

@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""What nova-compute's configuration says of a snapshot."""
+"""What configuration says of a snapshot: [snapshot_ext], and Nova's own."""
 
 import os
 import typing
@@ -28,40 +28,53 @@ def state_directory(conf: typing.Any) -> str:
             or os.path.join(conf.state_path, 'snapshot-ext'))
 
 
-def request(conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
-            may_stop: bool, domain: requests.DomainSnapshot,
-            ) -> requests.Request:
-    """What a snapshot of a server is asked to be, but for the server itself.
+def request(group: typing.Any, staging: str, state: str,
+            **others: typing.Any) -> requests.Request:
+    """What [snapshot_ext] says, and what its caller says beside it.
 
-    :param conf: Nova's configuration, with our options
-    :param disk: the root disk
+    :param group: its options
+    :param staging: the staging directory
+    :param state: the state directory
+    :param others: fields of the request
     """
-    group = conf.snapshot_ext
-    directory = conf.libvirt.snapshots_directory
-    disabled = {}
-    if conf.workarounds.disable_libvirt_livesnapshot:
-        disabled['live'] = (
-            '[workarounds] disable_libvirt_livesnapshot is set')
     return requests.Request(
-        image_format=conf.libvirt.snapshot_image_format or (
-            'raw' if disk.block else disk.format),
-        compress=conf.libvirt.snapshot_compression,
-        quiesce=quiesce,
-        staging_directory=directory,
-        staging_setting='[libvirt] snapshots_directory',
-        scratch_directory=group.scratch_directory or directory,
-        state_directory=state_directory(conf),
-        socket_directory=group.socket_directory or state_directory(conf),
+        staging_directory=staging,
+        scratch_directory=group.scratch_directory or staging,
+        state_directory=state,
+        socket_directory=group.socket_directory or state,
         managed_save_directory=group.managed_save_directory,
         freeze_timeout=group.freeze_timeout,
         copy_timeout=group.copy_timeout,
         convert_timeout=group.convert_timeout,
-        may_stop=may_stop,
-        disabled_flows=disabled,
         on_scratch_full=group.on_scratch_full,
         mover_python=group.mover_python,
         bandwidth=group.bandwidth,
         guest_share=group.guest_share,
         read_timeout=group.read_timeout,
         save_timeout=group.save_timeout,
+        **others)
+
+
+def server_request(
+        conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
+        may_stop: bool, domain: requests.DomainSnapshot) -> requests.Request:
+    """What a snapshot of a server of Nova's is asked to be.
+
+    :param conf: Nova's configuration, with our options
+    :param disk: the root disk
+    """
+    disabled = {}
+    if conf.workarounds.disable_libvirt_livesnapshot:
+        disabled['live'] = (
+            '[workarounds] disable_libvirt_livesnapshot is set')
+    return request(
+        conf.snapshot_ext, conf.libvirt.snapshots_directory,
+        state_directory(conf),
+        image_format=conf.libvirt.snapshot_image_format or (
+            'raw' if disk.block else disk.format),
+        compress=conf.libvirt.snapshot_compression,
+        quiesce=quiesce,
+        staging_setting='[libvirt] snapshots_directory',
+        may_stop=may_stop,
+        disabled_flows=disabled,
         domain=domain)

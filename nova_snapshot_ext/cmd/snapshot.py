@@ -42,6 +42,7 @@ from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rights
 from nova_snapshot_ext import rollback
 from nova_snapshot_ext import selection
+from nova_snapshot_ext import settings
 from nova_snapshot_ext import snapshot
 
 LOG = logging.getLogger(__name__)
@@ -229,27 +230,13 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
     staging = os.path.abspath(
         options.staging or os.environ.get('TMPDIR')
         or '/var/tmp')  # nosec B108 # what is made there has its own directory
-    state = _state_directory_of(configuration)
-    return requests.Request(
+    return settings.request(
+        configuration, staging, _state_directory_of(configuration),
         image_format=getattr(options, 'format', 'qcow2'),
         compress=getattr(options, 'compress', False),
         quiesce=requests.Quiesce(
             getattr(options, 'quiesce', requests.Quiesce.IF_POSSIBLE.value)),
-        staging_directory=staging,
         staging_setting='--staging',
-        scratch_directory=configuration.scratch_directory or staging,
-        state_directory=state,
-        socket_directory=configuration.socket_directory or state,
-        managed_save_directory=configuration.managed_save_directory,
-        freeze_timeout=configuration.freeze_timeout,
-        copy_timeout=configuration.copy_timeout,
-        convert_timeout=configuration.convert_timeout,
-        mover_python=configuration.mover_python,
-        bandwidth=configuration.bandwidth,
-        guest_share=configuration.guest_share,
-        read_timeout=configuration.read_timeout,
-        save_timeout=configuration.save_timeout,
-        on_scratch_full=configuration.on_scratch_full,
         may_stop=options.force or not guest.belongs_to_nova(),
         domain=requests.DomainSnapshot(
             memory=not getattr(options, 'no_memory', False),

@@ -19,11 +19,13 @@ from unittest import mock
 
 import libvirt
 import nova.conf
+from nova.virt.libvirt import driver as libvirt_driver
 from oslo_upgradecheck import upgradecheck
 
 from nova_snapshot_ext import checks
 from nova_snapshot_ext.cmd import status
 from nova_snapshot_ext import config_source
+from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import nova_interface
 from tests.unit import base
@@ -102,6 +104,14 @@ class TestNova(ChecksTestCase):
     def test_installed_release_has_all_that_is_used(self) -> None:
         self.assertEqual([], list(nova_interface.differences()))
         self.assertResult(SUCCESS, 'Nova 34', checks.nova)
+
+    def test_whatever_is_overridden_is_looked_at(self) -> None:
+        ours = vars(driver.SnapshotLibvirtDriver)
+        novas = libvirt_driver.LibvirtDriver
+        self.assertEqual(
+            {name for name in ours
+             if callable(ours[name]) and hasattr(novas, name)},
+            set(nova_interface._OVERRIDES))
 
     def test_release_that_was_not_tested(self) -> None:
         self.patch_name(
