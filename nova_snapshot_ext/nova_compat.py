@@ -119,14 +119,13 @@ def image_proxy(auth: typing.Any) -> typing.Any:
 
 class _OlderLibvirtDriver(
         libvirt_driver.LibvirtDriver):  # type: ignore[misc]
-    """Nova's, of a release that does not have the driver process instances
-    when nova-compute starts.
+    """Nova's, of a release whose manager has the driver process no instances
+    when it starts.
 
-    It is asked for nothing for certain between the removal of evacuated
-    instances and the initialisation of the others: which calls there are
-    depends on the instances. Nova's manager removes the evacuated by one
-    method, even if there are none, and takes its result for the list of those
-    that are not this host's. What it is to do next is hung up there.
+    Between the removal of evacuated instances and the initialisation of the
+    others it calls nothing of the driver that it is sure to call. But it
+    removes them by one method, also where there are none, which tells what
+    they were. So processing is made the end of that.
     """
 
     def init_host(self, host: str) -> None:
@@ -144,8 +143,8 @@ class _OlderLibvirtDriver(
                 context: nova_context.RequestContext,
                 *arguments: typing.Any) -> typing.Any:
             evacuated = destroy(context, *arguments)
-            # Others than the manager has, whose task states it goes on with:
-            # it does nothing about those that are changed in these.
+            # Objects of their own: the manager has loaded its own before.
+            # Of task states that are cleared in these, it would do nothing.
             instances = objects.InstanceList.get_by_host(
                 context, manager.host, expected_attrs=list(_EXPECTED))
             self.process_instances_at_startup(

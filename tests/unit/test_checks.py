@@ -140,7 +140,7 @@ class TestNova(ChecksTestCase):
     def test_what_an_older_release_has_instead_is_looked_at(self) -> None:
         from nova import utils
         with mock.patch('nova.utils.get_sdk_adapter', lambda kind: None), \
-                mock.patch('nova.utils._get_auth_and_session'):
+                mock.patch('nova.utils._get_auth_and_session', None):
             del utils._get_auth_and_session
             self.assertResult(
                 FAILURE, 'nova.utils:_get_auth_and_session is missing',
