@@ -28,8 +28,6 @@ from nova import context as nova_context
 from nova import exception as nova_exception
 from nova.image import glance as nova_glance
 from nova import objects
-from nova import service_auth
-from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
@@ -45,6 +43,7 @@ from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
@@ -358,7 +357,7 @@ def _instance_lock(uuid: str) -> collections.abc.Iterator[None]:
 
 
 class SnapshotLibvirtDriver(
-        libvirt_driver.LibvirtDriver):  # type: ignore[misc]
+        nova_compat.LibvirtDriver):     # type: ignore[misc]
     """Nova's libvirt driver, with snapshots taken by this package."""
 
     def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
@@ -655,7 +654,7 @@ class SnapshotLibvirtDriver(
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
         return guests.Guest(
-            domain, self._host._uri, in_thread=nova_utils.tpool_wrap,
+            domain, self._host._uri, in_thread=nova_compat.in_thread,
             find=lambda: self._domain(instance))
 
     def _domain(self, instance: objects.Instance) -> typing.Any:
@@ -811,9 +810,7 @@ def _glance(context: nova_context.RequestContext) -> typing.Any:
 
     [glance] and [service_user] say how.
     """
-    proxy = nova_utils.get_sdk_adapter(
-        'image', admin=False, context=context,
-        ksa_auth=service_auth.get_service_user_token_auth_plugin(context))
+    proxy = nova_compat.image_proxy(nova_compat.request_auth(context))
     # A request's own auth plugin finds endpoints in its catalog and knows
     # nothing of versions.
     endpoint = next(nova_glance.get_api_servers(context))

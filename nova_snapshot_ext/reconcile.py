@@ -29,12 +29,12 @@ import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
-from nova import utils as nova_utils
 from oslo_log import log as logging
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import dead
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import nova_compat
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
@@ -211,7 +211,7 @@ def glance() -> typing.Any:
         raise exception.ImageServiceError(
             f'[snapshot_ext] dead_image_auth = {group}, and [{group}] of '
             f'nova.conf has no auth_type')
-    proxy = nova_utils.get_sdk_adapter('image', admin=False, ksa_auth=auth)
+    proxy = nova_compat.image_proxy(auth)
     if CONF.glance.api_servers:
         proxy.endpoint_override = (
             f'{CONF.glance.api_servers[0].rstrip("/")}/v2')

@@ -19,7 +19,6 @@ from unittest import mock
 
 import libvirt
 import nova.conf
-from nova.virt.libvirt import driver as libvirt_driver
 from oslo_upgradecheck import upgradecheck
 
 from nova_snapshot_ext import checks
@@ -27,6 +26,7 @@ from nova_snapshot_ext.cmd import status
 from nova_snapshot_ext import config_source
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from tests.unit import base
 from tests.unit import nova_config
@@ -103,11 +103,13 @@ class TestNova(ChecksTestCase):
 
     def test_installed_release_has_all_that_is_used(self) -> None:
         self.assertEqual([], list(nova_interface.differences()))
-        self.assertResult(SUCCESS, 'Nova 34', checks.nova)
+        self.assertIn(nova_interface.version(), (32, 33, 34))
+        self.assertResult(
+            SUCCESS, f'Nova {nova_interface.version()}$', checks.nova)
 
     def test_whatever_is_overridden_is_looked_at(self) -> None:
         ours = vars(driver.SnapshotLibvirtDriver)
-        novas = libvirt_driver.LibvirtDriver
+        novas = nova_compat.LibvirtDriver
         self.assertEqual(
             {name for name in ours
              if callable(ours[name]) and hasattr(novas, name)},
@@ -130,9 +132,19 @@ class TestNova(ChecksTestCase):
                               'quickly', checks.nova)
 
     def test_function_that_is_called_otherwise(self) -> None:
-        with mock.patch('nova.utils.get_sdk_adapter', lambda kind: None):
+        with mock.patch('nova.utils.get_sdk_adapter',
+                        lambda kind, ksa_auth: None):
             self.assertResult(FAILURE, 'nova.utils:get_sdk_adapter: .*admin',
                               checks.nova)
+
+    def test_what_an_older_release_has_instead_is_looked_at(self) -> None:
+        from nova import utils
+        with mock.patch('nova.utils.get_sdk_adapter', lambda kind: None), \
+                mock.patch('nova.utils._get_auth_and_session', None):
+            del utils._get_auth_and_session
+            self.assertResult(
+                FAILURE, 'nova.utils:_get_auth_and_session is missing',
+                checks.nova)
 
     def test_what_is_missing(self) -> None:
         from nova.compute import utils

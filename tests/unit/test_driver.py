@@ -694,7 +694,7 @@ class TestRecovery(DriverTestCase):
         super().setUp()
         journal.clear()
         self.patch_name(
-            'nova.virt.libvirt.driver.LibvirtDriver.'
+            'nova_snapshot_ext.nova_compat.LibvirtDriver.'
             'process_instances_at_startup',
             lambda driver, context, instances: (
                 journal.append('nova'), instances)[1])
@@ -937,21 +937,17 @@ class TestRecovery(DriverTestCase):
 class TestGlance(DriverTestCase):
 
     def test_rights_are_those_of_the_request(self) -> None:
-        asked: list[tuple[str, dict[str, object]]] = []
         proxy = type('Proxy', (), {'endpoint_override': None})()
+        self.patch_name('nova_snapshot_ext.nova_compat.request_auth',
+                        lambda context: f'auth of {context.request_id}')
         self.patch_name(
-            'nova.utils.get_sdk_adapter', lambda service, **more: (
-                asked.append((service, more)), proxy)[1])
-        self.patch_name(
-            'nova.service_auth.get_service_user_token_auth_plugin',
-            lambda context: f'auth of {context.request_id}')
+            'nova_snapshot_ext.nova_compat.image_proxy',
+            lambda auth: (self.events.append(auth), proxy)[1])
         self.patch_name('nova.image.glance.get_api_servers',
                         lambda context: iter(['http://glance/']))
         self.assertIs(proxy, driver._glance(self.context))
         self.assertEqual('http://glance/v2', proxy.endpoint_override)
-        self.assertEqual([('image', {
-            'admin': False, 'context': self.context,
-            'ksa_auth': f'auth of {self.context.request_id}'})], asked)
+        self.assertEqual([f'auth of {self.context.request_id}'], self.events)
 
 
 class TestServerReport(DriverTestCase):

@@ -302,10 +302,10 @@ class TestCredentials(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.asked: list[dict[str, typing.Any]] = []
+        self.asked: list[typing.Any] = []
         self.patch_name(
-            'nova.utils.get_sdk_adapter', lambda service, **more: (
-                self.asked.append(more),
+            'nova_snapshot_ext.nova_compat.image_proxy', lambda auth: (
+                self.asked.append(auth),
                 type('Proxy', (), {'endpoint_override': None})())[1])
 
     def configure(self, text: str) -> None:
@@ -321,7 +321,7 @@ class TestCredentials(base.TestCase):
             'username = {}\npassword = secret\nproject_name = service\n')
 
     def user(self) -> object:
-        return self.asked[-1]['ksa_auth']._username
+        return self.asked[-1]._username
 
     def test_those_of_service_user_serve(self) -> None:
         self.configure('[service_user]\n' + self.AUTH.format('nova'))
