@@ -12,8 +12,9 @@
 
 """What does not hold, and why that is so.
 
-A guest that is harmed for a reason that is named here is counted as harmed all
-the same; a run fails for what is not named.
+A guest that is harmed for a reason that is named here is counted on its own,
+as the documentation says what an operator can do about it; a run fails for
+what is not named.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ class Shortfall:
 
 SHORTFALLS = (
     Shortfall(
-        ('guest undefined', 'guest destroyed, undefined'), ('cold',),
+        ('guest undefined', 'guest destroyed, undefined'),
+        ('cold', 'domain', 'domain, disks alone'),
         '^its disk holds snapshots',
         'the disk of a guest that is gone is left alone: it may be deleted at '
         'this moment, or another host\'s by now'),
@@ -71,6 +73,16 @@ def why(tried: plan.Try, what: str) -> str | None:
         if each.explains(tried, what):
             return each.why
     return None
+
+
+def is_harmed(tried: plan.Try) -> bool:
+    """Whether a guest is harmed in a way that is not named here."""
+    return any(why(tried, what) is None for what in tried.harm)
+
+
+def is_harmed_as_named(tried: plan.Try) -> bool:
+    """Whether a guest is harmed, and in no other way than is named here."""
+    return bool(tried.harm) and not is_harmed(tried)
 
 
 def is_known(tried: plan.Try) -> bool:

@@ -32,8 +32,10 @@ class Scenario:
     @property
     def way(self) -> str:
         """The flow, and what of it this guest takes."""
-        return {'raw': 'cold, backup job', 'off': 'cold, guest off',
-                'qcow2': 'cold'}.get(self.guest, self.flow)
+        more = {('cold', 'raw'): 'backup job', ('cold', 'off'): 'guest off',
+                ('domain', 'agent'): 'disks alone'}.get(
+                    (self.flow, self.guest))
+        return self.flow if more is None else f'{self.flow}, {more}'
 
     def __str__(self) -> str:
         return f'{self.way}, {self.transfer}, {self.service}'
@@ -43,10 +45,12 @@ SCENARIOS = tuple(
     Scenario(flow, transfer, guest, service)
     for service in ('directory', 'glance')
     for flow, guest in (('backup', 'agent'), ('live', 'agent'),
-                        ('cold', 'qcow2'), ('cold', 'raw'), ('cold', 'off'))
+                        ('cold', 'qcow2'), ('cold', 'raw'), ('cold', 'off'),
+                        ('domain', 'qcow2'), ('domain', 'agent'))
     for transfer in ('streamed', 'staged')
     # Glance sees no difference between these and the first.
-    if not (service == 'glance' and guest in ('raw', 'off')))
+    if not (service == 'glance' and (
+        guest in ('raw', 'off') or flow == 'domain' and guest == 'agent')))
 
 
 @dataclasses.dataclass(frozen=True)
