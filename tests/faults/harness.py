@@ -366,6 +366,8 @@ class Trial:
         image = self._image(fault)
         self._delete_kept(image)
         harm = self._harm(leaves)
+        if self.subject.unasked is not None:
+            self._wrong.append(self.subject.unasked)
         if leaves == 'gone':
             # No guest is harmed; whoever has the disk then finds that.
             self._wrong += self.subject.harm_to_disk()

@@ -59,11 +59,11 @@ SHORTFALLS = (
         'own that it came with, before anybody can end the job; and its job '
         'can not always be ended'),
     Shortfall(
-        ('guest is reset',), ('backup', 'live'),
-        '^(its file systems are unknown|process guard|state: )',
-        'libvirt says for minutes after the reset of a frozen guest that its '
-        'agent disappeared, and the guard asks for so long whether it is '
-        'thawed; the guest itself runs and writes'),
+        ('guest is reset',), ('backup',),
+        '^its agent can not be asked: ',
+        'libvirt does not take in that an agent ends, or comes, while a backup '
+        'job is under way, and can not ask it any more afterwards; the guest '
+        'itself runs and writes'),
 )
 
 
