@@ -26,7 +26,8 @@ from tests.faults import results
 DIRECTORY = (pathlib.Path(__file__).parents[2]
              / 'doc' / 'source' / 'reference' / 'faults')
 #: how a cell shows what became of the image
-LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w'}
+LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w',
+           'as it was': 'a'}
 #: marks a cell in which something did not hold
 MARK = '!'
 _FAILURES = ('Harmed', 'Harmed as documented', 'Fails')
@@ -77,14 +78,21 @@ def by_fault(found: results.Results) -> table.Table:
          's at most', *_FAILURES), rows)
 
 
+def _scenarios(found: results.Results) -> list[plan.Scenario]:
+    """Those that were tried: ways to take a snapshot, then all else."""
+    tried = {each.scenario for each in found.tries}
+    others = sorted(tried - set(plan.SCENARIOS), key=str)
+    return [*(each for each in plan.SCENARIOS if each in tried), *others]
+
+
 def by_way(found: results.Results) -> table.Table:
-    scenarios = [each for each in plan.SCENARIOS
-                 if any(t.scenario == each for t in found.tries)]
     rows = []
-    for scenario in scenarios:
+    for scenario in _scenarios(found):
         tries = [t for t in found.tries if t.scenario == scenario]
         rows.append((
-            scenario.way, scenario.transfer, scenario.service,
+            scenario.way, *(
+                (scenario.transfer, scenario.service)
+                if scenario.action == 'create' else ('', '')),
             str(len(found.steps[str(scenario)])),
             str(len({t.number for t in tries})), str(len(tries)),
             *_failures(tries)))
@@ -164,6 +172,6 @@ def write(found: results.Results) -> None:
     (DIRECTORY / 'failing.inc').write_text(
         failing(found).rst() if any(not each.holds for each in found.tries)
         else 'Nothing: every cell holds.\n')
-    steps = [by_step(found, scenario).rst() for scenario in plan.SCENARIOS
-             if any(t.scenario == scenario for t in found.tries)]
+    steps = [by_step(found, scenario).rst()
+             for scenario in _scenarios(found)]
     (DIRECTORY / 'by-step.inc').write_text('\n'.join(steps))

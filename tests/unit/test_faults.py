@@ -139,7 +139,7 @@ class TestReport(base.TestCase):
         self.assertEqual('1c!', report.cell([tried(1, wrong=('left',))]))
 
     def test_every_image_has_a_letter(self) -> None:
-        self.assertEqual({'complete', 'none', 'queued', 'wrong'},
+        self.assertEqual({'complete', 'none', 'queued', 'wrong', 'as it was'},
                          set(report.LETTERS))
 
     def test_rows_are_steps_and_columns_faults(self) -> None:
@@ -152,6 +152,23 @@ class TestReport(base.TestCase):
             made.header)
         self.assertEqual([('1 step 1', '', ''), ('2 step 2', '1c', '1c')],
                          made.rows)
+
+    def test_what_is_no_taking_comes_last(self) -> None:
+        way = plan.Scenario('domain', 'streamed', 'raw',
+                            action='revert, external')
+        found = results.Results(tries=[
+            tried(1, scenario=way, image='as it was'), tried(1)])
+        for each in way, WAY:
+            found.steps[str(each)] = [moment(1)]
+        self.assertEqual(
+            [('backup', 'streamed', 'directory'),
+             ('domain, revert, external', '', '')],
+            [row[:3] for row in report.by_way(found).rows])
+        self.assertEqual([('1 step 1', '1a')],
+                         report.by_step(found, way).rows)
+        path = pathlib.Path(self.directory) / 'results.json'
+        found.save(path)
+        self.assertEqual(found, results.load(path))
 
     def test_what_fails_is_named_once_with_its_steps(self) -> None:
         bad = tried(1, wrong=('process mover 7',))
