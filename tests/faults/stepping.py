@@ -51,7 +51,7 @@ from nova_snapshot_ext import undo
 #: what changes a guest
 CALLS = ('save_memory', 'start', 'suspend', 'resume', 'begin_backup',
          'start_copy', 'end_block_job', 'end_backup', 'freeze_filesystems',
-         'thaw_filesystems', 'take_domain_snapshot', 'forget_domain_snapshot')
+         'thaw_filesystems')
 #: what is worth being held at of qemu-img's commands
 COMMANDS = ('create', 'snapshot', 'convert')
 
