@@ -56,8 +56,8 @@ SHORTFALLS = (
         '^(it does not (write|come back)|its QEMU has other files open'
         '|files in .* are held open|process guard|scratch: |state: )',
         'QEMU gives the guest the error of the scratch for the write of its '
-        'own that it came with, before anybody can end the job; and its job '
-        'can not always be ended'),
+        'own that it came with, before anybody can end the job; '
+        ':ref:`scratch` says how likely that is, and what helps'),
     Shortfall(
         ('guest is reset',), ('backup',),
         '^its agent can not be asked: ',
