@@ -60,9 +60,9 @@ SHORTFALLS = (
     Shortfall(
         ('guest is reset',), ('backup',),
         '^its agent can not be asked: ',
-        'libvirt does not take in that an agent ends, or comes, while a backup '
-        'job is under way, and can not ask it any more afterwards; the guest '
-        'itself runs and writes'),
+        'libvirt does not take in that an agent ends, or comes, while a '
+        'backup job is under way, and can not ask it any more afterwards; '
+        'the guest itself runs and writes'),
 )
 
 
