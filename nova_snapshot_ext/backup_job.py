@@ -114,6 +114,7 @@ class Job:
         :raises FreezeFailed: if the scratch ran short before
         :raises NotOurs: if what is in the place of the socket is none
         """
+        self._watch.check()
         self._guest.begin_backup(self._description)
         _take_over(self._socket, self._log)
         lost = self._watch.why_lost()

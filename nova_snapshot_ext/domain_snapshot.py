@@ -228,6 +228,9 @@ def _wait_for_call(guest: guests.Guest,
                    is_over: collections.abc.Callable[[], bool]) -> None:
     """Wait for a call of libvirt that a dead owner may have left under way.
 
+    A guest that libvirt has paused for it while no job is there stands still
+    for nothing: libvirtd died in the middle of it, and the call with it.
+
     :param is_over: asked while no job is seen; where it is not known to be,
         the call may still wait for the domain's lock
     :raises UndoFailed: if it does not end
@@ -235,8 +238,13 @@ def _wait_for_call(guest: guests.Guest,
     begun = time.monotonic()
     while True:
         waited = time.monotonic() - begun
+        # Before it is looked for the job, and again after: the pause lies
+        # within the job.
+        paused = guest.is_paused_by_snapshot()
         if guest.job() is None:
-            if is_over() or waited > power.LOCK_WAIT_S:
+            if is_over() or waited > power.LOCK_WAIT_S or (
+                    paused and waited > _REACHED_S
+                    and guest.is_paused_by_snapshot()):
                 return
         elif waited > power.SAVE_TIMEOUT_S:
             raise exception.UndoFailed(

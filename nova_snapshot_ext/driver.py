@@ -206,17 +206,20 @@ class NovaHost:
             return self._instance
 
     def _check(self, current: objects.Instance | None) -> None:
-        """:raises UndoFailed: if Nova has the guest or its disk elsewhere, or
-            is at work on them without its lock
+        """:raises GuestElsewhere: if Nova has the guest elsewhere for good
 
+        :raises UndoFailed: if it has it or its disk elsewhere, or is at work
+            on them without its lock
         :param current: None if Nova has it nowhere
         """
         if current is None:
             return
         if current.host != CONF.host:
+            words = f'Server {self._uuid} is on the host {current.host}'
+            if _has_left(current):
+                raise exception.GuestElsewhere(words)
             # Its disk may have gone there, and may come back.
-            raise exception.UndoFailed(
-                f'Server {self._uuid} is on the host {current.host}')
+            raise exception.UndoFailed(words)
         if current.task_state not in (*_STILL, self._called_in()):
             raise exception.UndoFailed(
                 f'Nova is at work on server {self._uuid} '
@@ -279,6 +282,18 @@ class NovaHost:
 
         if not clear():
             threading.Thread(target=go_on, daemon=True).start()
+
+
+def _has_left(instance: objects.Instance) -> bool:
+    """Whether a server that is not on this host does not come back.
+
+    One that is moved may, until that is confirmed. One that was shelved gets
+    another disk.
+    """
+    return instance.task_state is None and (
+        instance.vm_state == vm_states.SHELVED_OFFLOADED
+        or (instance.host is not None
+            and instance.vm_state != vm_states.RESIZED))
 
 
 class RebuildingHost(NovaHost):

@@ -116,6 +116,10 @@ class UndoFailed(SnapshotError):
     """A step of the way back failed; its undo log is kept."""
 
 
+class GuestElsewhere(UndoFailed):
+    """The guest is another host's, or nobody's, and will not come back."""
+
+
 class ImageServiceError(SnapshotError):
     """The image service did not take the image."""
 

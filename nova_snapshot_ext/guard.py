@@ -19,12 +19,16 @@ is not left frozen because something else hangs.
 """
 
 import argparse
+import collections.abc
 import contextlib
+import fcntl
+import functools
 import os
 import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -55,6 +59,8 @@ _RETRY_S = 1.0
 # its log.
 _FIRST_RETRY_S = 0.05
 _LONGEST_RETRY_S = 60.0
+# How often a guard looks whether it still hears of the guest.
+_LISTEN_AGAIN_S = 1.0
 # How long it tries what an owner that lives is late with. It does so anew
 # when that one ends.
 _LATE_TIMEOUT_S = 600.0
@@ -74,6 +80,7 @@ class Guard(contextlib.AbstractContextManager['Guard']):
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: undo.UndoLog | None = None
+        self._said = b''
 
     def watch(self, log: undo.UndoLog) -> None:
         """Start the guard of a log, and wait until it stands.
@@ -117,10 +124,21 @@ class Guard(contextlib.AbstractContextManager['Guard']):
     def _go_on(self, log: undo.UndoLog) -> None:
         """Try again what could not be undone, with the guard at its post."""
         done = bring_back(log.path, lambda uri, uuid: log.surroundings.guest,
-                          log.surroundings.host)
+                          log.surroundings.host, self._reset_at)
         if not done and self._process is not None:
             self._process.kill()
         self._end()
+
+    def _reset_at(self) -> float | None:
+        """What the guard says of it: see :class:`Resets`."""
+        if self._process is not None and self._process.stdout is not None:
+            pipe = self._process.stdout.fileno()
+            # Under eventlet a read would wait until something is said.
+            there = int.from_bytes(fcntl.ioctl(
+                pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+            self._said += os.read(pipe, there) if there else b''
+        lines = self._said.split(b'\n')[:-1]
+        return float(lines[-1]) if lines else None
 
     def _end(self) -> None:
         if self._process is None:
@@ -173,14 +191,81 @@ def find_guest(uri: str, uuid: str) -> guests.Guest | None:
         return None
 
 
-def _stand_guard(path: str) -> None:
+class Resets:
+    """Sees that a guest is reset, for as long as this process lives.
+
+    Its QEMU and its number for libvirt stay the same then: only libvirt's
+    event tells. Its owner gets a line for each, with the uptime in seconds.
+    """
+
+    def __init__(self, path: str) -> None:
+        """:param path: of the undo log of a snapshot of the guest"""
+        self._path = path
+        self._connection: libvirt.virConnect | None = None
+        self._try_at = time.monotonic()
+        self._at: float | None = None
+
+    def at(self) -> float | None:
+        """The uptime in seconds at which it was seen last."""
+        return self._at
+
+    def listen(self) -> None:
+        """Begin, or begin anew where the connection broke."""
+        if time.monotonic() < self._try_at:
+            return
+        self._try_at = time.monotonic() + _LISTEN_AGAIN_S
+        try:
+            if self._connection is not None and self._connection.isAlive():
+                return
+            log = undo.read(self._path)
+            if log.uri:
+                self._listen(log.uri, log.domain)
+        except (libvirt.libvirtError, exception.SnapshotError, OSError,
+                ValueError) as error:
+            LOG.debug('It is not seen whether the guest of %s is reset: %s',
+                      self._path, error)
+
+    def _listen(self, uri: str, uuid: str) -> None:
+        run_event_loop()
+        self._connection = libvirt.open(uri)
+        if not guests.Guest.find(self._connection, uri, uuid).has_agent():
+            # It is never frozen: nobody wants to know.
+            self._connection.close()
+            self._try_at = float('inf')
+            return
+        self._connection.domainEventRegisterAny(
+            self._connection.lookupByUUIDString(uuid),
+            libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._is_reset, None)
+
+    def _is_reset(self, connection: object, domain: object,
+                  nothing: object) -> None:
+        self._at = undo.uptime()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.buffer.write(f'{self._at}\n'.encode())
+            sys.stdout.buffer.flush()
+
+
+@functools.cache
+def run_event_loop() -> None:
+    """Run libvirt's event loop in a thread; before the first connection."""
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+    threading.Thread(target=run, daemon=True).start()
+
+
+def _stand_guard(path: str, resets: Resets) -> None:
     """Return when the owner's end of the pipe closes."""
     sys.stdout.buffer.write(_READY)
     sys.stdout.buffer.flush()
+    resets.listen()
     # What the undos need takes longer than all else: nobody waits for it.
     plugins.load_all()
     late: dict[int, _Late] = {}
     while not select.select([sys.stdin], [], [], _POLL_S)[0]:
+        resets.listen()
         try:
             log = undo.read(path)
         except (FileNotFoundError, ValueError):
@@ -188,7 +273,8 @@ def _stand_guard(path: str) -> None:
         for number, pending in sorted(log.pending.items(), reverse=True):
             if pending.overdue is None or pending.overdue > undo.uptime():
                 continue
-            late.setdefault(number, _Late()).run(pending, log, path)
+            late.setdefault(number, _Late()).run(
+                pending, log, path, resets.at())
 
 
 class _Late:
@@ -201,7 +287,7 @@ class _Late:
         self._deadline = time.monotonic() + _LATE_TIMEOUT_S
 
     def run(self, pending: undo.Pending, log: undo.Contents,
-            path: str) -> None:
+            path: str, reset_at: float | None) -> None:
         """Run it, if it is time to.
 
         What fails is tried again less and less often: whoever does not
@@ -214,7 +300,8 @@ class _Late:
                     pending.step, path)
         try:
             pending.run(undo.Surroundings(
-                find_guest(log.uri, log.domain), hosts.PlainHost()))
+                find_guest(log.uri, log.domain), hosts.PlainHost(),
+                reset_at=reset_at))
         except Exception as error:
             now = time.monotonic()
             if now > self._deadline:
@@ -242,23 +329,34 @@ def main() -> int:
     # which may go on for minutes: the pipe tells when it is dead.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _stand_guard(path)
-    return 0 if bring_back(path, find_guest, GuardHost()) else 1
+    resets = Resets(path)
+    _stand_guard(path, resets)
+    return 0 if bring_back(
+        path, find_guest, GuardHost(), resets.at) else 1
+
+
+def _never() -> float | None:
+    return None
 
 
 def bring_back(path: str, find: undo.FindGuest,
-               host: hosts.Host | undo.HostFor) -> bool:
+               host: hosts.Host | undo.HostFor,
+               reset_at: collections.abc.Callable[[], float | None] = _never,
+               ) -> bool:
     """Run what is left in the log of an owner that is dead or done.
 
     What fails is tried again for an hour.
 
+    :param reset_at: gives the uptime in seconds at which the guest was last
+        seen to be reset
     :returns: whether nothing is left
     """
     deadline = time.monotonic() + _RETRY_TIMEOUT_S
     wait_s = _FIRST_RETRY_S
     while True:
         try:
-            undo.UndoLog.adopt(path, find, host).unwind()
+            undo.UndoLog.adopt(
+                path, find, host, reset_at=reset_at()).unwind()
             return True
         except FileNotFoundError:
             return True

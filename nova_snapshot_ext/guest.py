@@ -61,7 +61,9 @@ _TARGET = re.compile('[A-Za-z0-9]{1,12}')
 # Devices leave when the guest's kernel lets them go (ACPI, virDomain
 # DetachDeviceFlags: "removal may be asynchronous").
 _DETACH_TIMEOUT_S = 20.0
-_JOB_END_TIMEOUT_S = 30.0
+# Of a backup: libvirt hears of its end when it has given up to take in that a
+# guest agent ended, and that it came back, during the job: 30 s each.
+_JOB_END_TIMEOUT_S = 90.0
 # How often libvirt is asked to end one, at most.
 _ASK_AGAIN_S = 1.0
 # What QEMU says of a guest that was started paused, and of none that was

@@ -122,6 +122,13 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
                         not has_snapshot(guest, path, name)):
                     return
                 _delete_snapshot(around, guest, path, name)
+        except exception.GuestElsewhere as error:
+            if not power.is_gone(around):
+                raise
+            LOG.warning('%s, and is not here any more: if its disk %s went '
+                        'with it, the internal snapshot %s is still in '
+                        'there, and nobody deletes it', error, path, name)
+            return
         except exception.UndoFailed:
             raise       # somebody else is at work on the guest
         except exception.SnapshotError as error:

@@ -17,9 +17,12 @@ to standard error, each line a JSON object:
 
 ``{"looked": N, "of": N}``
     at which byte of the disk zeroes are looked for, every second while that
-    goes on
+    goes on; at byte 0, when its server is asked where there is data
 ``{"length": N}``
     the image's exact length in bytes, before its first one
+``{"moved": N}``
+    how much of it was written, every second, where ``--tell`` asks for that:
+    to somebody who does not read the image
 ``{"written": N, "digest": "..."}``
     at the end, after the last byte; the digest if one was asked for
 ``{"error": "..."}``
@@ -54,6 +57,7 @@ import queue
 import select
 import sys
 import threading
+import time
 import traceback
 import typing
 
@@ -64,6 +68,7 @@ from nova_snapshot_ext import tempo as tempos
 from nova_snapshot_ext import zeroes
 
 _ZEROES = memoryview(bytes(1024 ** 2))
+_TELL_S = 1.0
 
 
 class Output:
@@ -170,7 +175,8 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
         # A size from hell must not take memory for its clusters first.
         qcow2.check_size(export.size)
     clusters = clusters_.Clusters(export.size)
-    export.mark_data(clusters)
+    export.mark_data(
+        clusters, _now_and_then(lambda: say(looked=0, of=export.size)))
     if options.format == 'qcow2':
         # In a raw image there is no place that zeroes could not take.
         zeroes.Finder(
@@ -179,12 +185,35 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     image = FORMATS[options.format](clusters)
     say(length=image.length)
     output.hash_by(begin())
-    image.write(
-        export.read(pieces(clusters), options.in_flight, tempo), output)
+    data: Data = export.read(pieces(clusters), options.in_flight, tempo)
+    if options.tell:
+        data = _after_each(
+            data, _now_and_then(lambda: say(moved=output.written)))
+    image.write(data, output)
     if output.written != image.length:
         raise nbd.NbdError(
             f'{output.written} bytes of {image.length} were written')
     say(written=output.written, digest=output.digest)
+
+
+def _now_and_then(tell: collections.abc.Callable[[], None],
+                  ) -> collections.abc.Callable[[], None]:
+    """Something that is called often, and done once a second."""
+    told_at = time.monotonic()
+
+    def may_tell() -> None:
+        nonlocal told_at
+        if time.monotonic() >= told_at + _TELL_S:
+            told_at = time.monotonic()
+            tell()
+    return may_tell
+
+
+def _after_each(data: Data,
+                call: collections.abc.Callable[[], None]) -> Data:
+    for each in data:
+        yield each
+        call()
 
 
 def _say(**words: object) -> None:
@@ -238,6 +267,8 @@ def _parser() -> argparse.ArgumentParser:
                              'of life')
     parser.add_argument('--nice', type=int, default=0,
                         help='how much others on the processors go first')
+    parser.add_argument('--tell', action='store_true',
+                        help='say every second how much was written')
     parser.add_argument('--token', help='what the process is found by')
     return parser
 

@@ -14,6 +14,8 @@
 
 What is read is the whole image or ends in an error: the last bytes are given
 only when the mover has ended in good order and said the same number of bytes.
+A mover that gives nothing for too long, such as one that was stopped by a
+signal, is killed: nobody waits for it any longer.
 
 Pipes are read by os.read(): in threads it blocks the thread alone, and under
 eventlet it is a green one that lets other greenlets run meanwhile. Nothing is
@@ -30,8 +32,10 @@ import os
 import socket
 import subprocess
 import threading
+import time
 import typing
 
+from nova_snapshot_ext import beside
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import processes
 from nova_snapshot_ext import request as requests
@@ -53,6 +57,11 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _PIPE = 1024 ** 2
 _END_TIMEOUT_S = 5.0
 _TRY_TIMEOUT_S = 60.0
+# What a mover may take beyond the answer of the server that it reads: for its
+# rests, of a second at most, and for its turn on the processors.
+_MARGIN_S = 30.0
+# How often it is looked whether one is late.
+_LOOK_S = 1.0
 #: what is kept of its words
 _WORDS = 2000
 
@@ -104,14 +113,20 @@ class MoverStream(io.RawIOBase):
     """
 
     def __init__(self, arguments: collections.abc.Sequence[str],
-                 discard: bool = False) -> None:
+                 discard: bool = False, read_timeout: int = 300) -> None:
         """Start the mover.
 
         :param arguments: as :func:`command` gives them
         :param discard: let nobody have the image: only its hash counts
+        :param read_timeout: seconds in which what it reads must answer it
         :raises TransferFailed: if it can't be run
         """
         super().__init__()
+        self._read_timeout = read_timeout
+        # Since when the next bytes, or words, are waited for
+        self._waits_since: float | None = None
+        self._was_late = False
+        self._beside = contextlib.ExitStack()
         self.length = 0
         self.position = 0
         self.digest: str | None = None
@@ -126,6 +141,8 @@ class MoverStream(io.RawIOBase):
         try:
             with control:
                 self._start(arguments, discard, control)
+            self._beside.enter_context(
+                beside.repeated(self._end_if_late, _LOOK_S))
         except BaseException:
             self.close()
             raise
@@ -205,7 +222,7 @@ class MoverStream(io.RawIOBase):
             return self.readall()
         if not size or self.position == self.length:
             return b''
-        chunk = os.read(self._image, size)
+        chunk = self._wait_for(self._image, size)
         self.position += len(chunk)
         if not chunk or self.position >= self.length:
             self._finish()
@@ -221,9 +238,10 @@ class MoverStream(io.RawIOBase):
 
     def _finish(self) -> None:
         """:raises TransferFailed: if the image is not what was announced"""
-        if self.position == self.length and os.read(self._image, 1):
+        if self.position == self.length and self._wait_for(self._image, 1):
             self.position += 1
-        said = self._next_words()
+        while 'moved' in (said := self._next_words()):
+            pass        # a sign of life
         self._drain()
         assert self._process is not None
         if not processes.ends_within(self._process, _END_TIMEOUT_S):
@@ -236,13 +254,34 @@ class MoverStream(io.RawIOBase):
                 f'{self.length}')
         self.digest = said.get('digest')
 
+    def _wait_for(self, pipe: int, size: int) -> bytes:
+        """What comes next, nothing where nothing does any more."""
+        self._waits_since = time.monotonic()
+        try:
+            return os.read(pipe, size)
+        finally:
+            self._waits_since = None
+
+    def _end_if_late(self) -> bool:
+        """Kill it, which ends a wait: a thread of its own does so.
+
+        :returns: whether it is to be looked again
+        """
+        since = self._waits_since
+        if since is None or self._process is None or (
+                time.monotonic() < since + self._read_timeout + _MARGIN_S):
+            return True
+        self._was_late = True
+        self._process.kill()
+        return False
+
     def _next_words(self) -> dict[str, typing.Any]:
         """The next line that the mover says.
 
         :raises TransferFailed: if that is an error, or there is none
         """
         while '\n' not in self._words:
-            chunk = os.read(self._status, 4096)
+            chunk = self._wait_for(self._status, 4096)
             if not chunk:
                 break
             self._words += chunk.decode(errors='replace')
@@ -259,12 +298,17 @@ class MoverStream(io.RawIOBase):
 
     def _drain(self) -> None:
         """Take the rest of its words, up to where it ends."""
-        while chunk := os.read(self._status, 4096):
+        while chunk := self._wait_for(self._status, 4096):
             self._words = (self._words
                            + chunk.decode(errors='replace'))[-_WORDS:]
 
     def _failed(self, why: str) -> exception.TransferFailed:
         _able.clear()
+        if self._was_late:
+            return exception.TransferFailed(
+                f'The mover failed: it gave nothing for {_MARGIN_S:.0f} s '
+                f'more than [snapshot_ext] read_timeout = '
+                f'{self._read_timeout}, and was killed')
         words = self._words.strip()
         return exception.TransferFailed(
             f'The mover failed: {why}' + (f' ({words})' if words else ''))
@@ -274,6 +318,7 @@ class MoverStream(io.RawIOBase):
         if self.closed:
             return
         super().close()
+        self._beside.close()
         with self._lock:
             self._control.close()
         for descriptor in self._open:

@@ -89,11 +89,14 @@ class Export:
             raise NbdError(f'The export has {self.size} bytes, and the disk '
                            f'{size}')
 
-    def mark_data(self, clusters: clusters_.Clusters) -> None:
+    def mark_data(self, clusters: clusters_.Clusters,
+                  answered: collections.abc.Callable[[], None] = (
+                      lambda: None)) -> None:
         """Mark what does not read as zeroes.
 
         Everything, if the server does not say.
 
+        :param answered: called for each answer
         :raises NbdError: if the server can't be asked
         """
         if not self._has_extents:
@@ -114,6 +117,7 @@ class Export:
                 question = flight.popleft()
                 while not self._nbd.aio_command_completed(question.cookie):
                     self._wait(question.asked)
+                answered()
                 if question.position < question.end:
                     flight.append(question.rest())
         except nbd.Error as error:

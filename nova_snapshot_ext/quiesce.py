@@ -30,16 +30,34 @@ LOG = logging.getLogger(__name__)
 @undo.step
 @undo.with_guest
 def thaw(around: undo.Surroundings, guest: guests.Guest,
-         timeout_s: int, life: str | None = None) -> None:
-    """A guest that is off, was started anew, or whose agent thawed by
-    itself, is thawed.
+         timeout_s: int, life: str | None = None,
+         since: float | None = None) -> None:
+    """A guest that is off, was started anew or reset, or whose agent thawed
+    by itself, is thawed.
+
+    One that was reset is asked all the same, but not for ever: libvirt does
+    not hear of an agent that ends, and comes back, during a backup job.
 
     :param life: the guest's when it was frozen
+    :param since: the uptime in seconds before it was
     :raises UndoFailed: if no agent has its channel open
     """
     if (guest.state() is guests.State.SHUTOFF
             or life not in (None, guest.life())):
         return
+    try:
+        _ask_to_thaw(guest, timeout_s)
+    except (exception.UndoFailed, guests.LibvirtError) as error:
+        if (since is None or around.reset_at is None
+                or around.reset_at < since
+                or not (isinstance(error, exception.UndoFailed)
+                        or error.agent_is_silent)):
+            raise
+        LOG.warning('%s was reset, and its file systems with it: nobody has '
+                    'to thaw them (%s)', guest.name, error)
+
+
+def _ask_to_thaw(guest: guests.Guest, timeout_s: int) -> None:
     if not guest.agent_connected():
         # To ask it would only keep others waiting who ask it something.
         raise exception.UndoFailed(
@@ -107,7 +125,8 @@ def quiesced(
         yield outcome
         return
     entry = log.push(thaw, within_s=request.freeze_timeout,
-                     timeout_s=request.freeze_timeout, life=guest.life())
+                     timeout_s=request.freeze_timeout, life=guest.life(),
+                     since=undo.uptime())
     pause.begin()
     try:
         with guest.agent_timeout(request.freeze_timeout):

@@ -39,6 +39,9 @@ LOG = logging.getLogger(__name__)
 #: libvirt's schema takes no other for the scratch of a pull mode backup
 FORMAT = 'qcow2'
 POLL_S = 0.1
+# How often it is looked whether it takes writes at all, where that costs
+# nothing: whatever the guest writes from then on may be an error of its disk.
+_GLANCE_S = 0.02
 # What is reserved ahead of a guest: so many times over what it wrote at most
 # between two looks, and so much at least, for one that begins to write as
 # fast as disks do.
@@ -50,8 +53,9 @@ _STEP = 32 * 1024 ** 2
 # linux/falloc.h: allocate, beyond the end as well, and leave the size alone.
 _FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
-# How often it is asked whether it can be written to: an NFS client writes
-# back what it holds of the file then.
+# How often it is asked for room that is there, which every file system that
+# takes no writes refuses: an NFS client writes back what it holds of the file
+# then.
 _CHECK_S = 1.0
 # What a file system answers that takes no more writes: it was found damaged,
 # or its device is gone.
@@ -126,14 +130,30 @@ class _File:
             if workspace.free_bytes(self.path) < length - self._size:
                 raise OSError(errno.ENOSPC, '') from error
 
+    def check_at_no_cost(self) -> None:
+        """Write nothing, and see whether that is refused.
+
+        ext4 and btrfs refuse it when they were found damaged; XFS looks at
+        how much it is first.
+
+        :raises OSError: if it is not written to any more
+        """
+        with self._broken_is_said():
+            os.pwrite(self._descriptor, b'', 0)
+
     def _check_writable(self) -> None:
         """Ask for what is there, before the guest writes what can't be kept.
 
         statvfs() does not tell: since Linux 6.15 an ext4 that was found
         damaged only behaves as if it were read-only.
         """
-        try:
+        with self._broken_is_said():
             _allocate(self._descriptor, 0, 1)
+
+    @contextlib.contextmanager
+    def _broken_is_said(self) -> collections.abc.Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if error.errno in _BROKEN:
                 raise OSError(
@@ -168,6 +188,11 @@ class Files:
         """:raises OSError: if the room can't be had; it says which"""
         for file in self._files.values():
             file.reserve_ahead()
+
+    def check_at_no_cost(self) -> None:
+        """:raises OSError: if one is not written to any more"""
+        for file in self._files.values():
+            file.check_at_no_cost()
 
 
 @contextlib.contextmanager
@@ -205,27 +230,64 @@ class Watch:
         self._files = files
         self._socket = socket
         self._lost: str | None = None
+        self._looked_at = float('-inf')
 
     def why_lost(self) -> str | None:
         """Why the disks are not frozen any more, None while they are."""
         return self._lost
 
+    def glance(self) -> bool:
+        """Look, if it is time to; or else only at what costs nothing.
+
+        :returns: whether there is anything left to watch
+        """
+        if time.monotonic() >= self._looked_at + POLL_S:
+            self._looked_at = time.monotonic()
+            return self.look()
+        if self._lost is not None:
+            return True     # its job could not be ended yet
+        why = self._why_broken()
+        if why is not None:
+            self._end(why)
+        return why is None
+
+    def check(self) -> None:
+        """Look at what costs nothing before the job is begun.
+
+        :raises FreezeFailed: if the scratch does not take what is to come
+        """
+        why = self._lost or self._why_broken()
+        if why is not None:
+            raise exception.FreezeFailed(why)
+
+    def _why_broken(self) -> str | None:
+        try:
+            self._files.check_at_no_cost()
+        except OSError as error:
+            return error.strerror
+        return None
+
     def look(self) -> bool:
         """:returns: whether there is anything left to watch"""
-        why = None
+        why = self._lost
         try:
-            self._files.reserve_ahead()
+            if why is None:
+                self._files.reserve_ahead()
         except OSError as error:
             why = error.strerror
         if (why is None and self._guest.is_paused_by_io_error()
                 and self._guest.backup_socket() == self._socket):
             why = 'The guest was paused by an I/O error'
         if why is not None:
-            self._lost = why
+            self._end(why)
+        return why is None
+
+    def _end(self, why: str) -> None:
+        if self._lost is None:
             LOG.warning('The backup job of %s is ended: %s',
                         self._guest.name, why)
-            end_job(self._guest, self._socket)
-        return why is None
+        self._lost = why
+        end_job(self._guest, self._socket)
 
 
 def end_job(guest: guests.Guest, socket: str) -> None:
@@ -261,7 +323,7 @@ def watching(guest: guests.Guest, files: Files,
     def look() -> bool:
         nonlocal said
         try:
-            return watch.look()
+            return watch.glance()
         except exception.GuestGone:
             return False
         except exception.SnapshotError as error:
@@ -272,5 +334,5 @@ def watching(guest: guests.Guest, files: Files,
                             guest.name, error)
             return True
 
-    with beside.repeated(look, POLL_S):
+    with beside.repeated(look, _GLANCE_S):
         yield watch

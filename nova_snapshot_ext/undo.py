@@ -58,6 +58,9 @@ class Surroundings:
     #: who pushed the undo is dead, and may have left a call under way; or
     #: lives, and the connection broke that it was made by
     owner_died: bool = False
+    #: the uptime in seconds at which the guest was last seen to be reset: its
+    #: QEMU is the same since, and its kernel another
+    reset_at: float | None = None
 
 
 Step = collections.abc.Callable[..., None]
@@ -184,11 +187,13 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
     @classmethod
     def adopt(cls, path: str, find_guest: FindGuest,
               host: hosts.Host | HostFor,
-              name: str | None = None) -> 'UndoLog':
+              name: str | None = None,
+              reset_at: float | None = None) -> 'UndoLog':
         """Take over the log of a dead process.
 
         :param host: or what gives one for the guest that was found
         :param name: of the guest, for the message where it is known
+        :param reset_at: as in :class:`Surroundings`
         :raises GuestBusy: if its owner lives
         :raises FileNotFoundError: if there is none (any more)
         :raises ValueError: if it can't be understood
@@ -200,7 +205,8 @@ class UndoLog(contextlib.AbstractContextManager['UndoLog']):
             guest = find_guest(found.uri, found.domain) if found.uri else None
             surroundings = Surroundings(
                 guest, host(guest) if callable(host) else host,
-                rebooted=found.boot_id != boot_id(), owner_died=True)
+                rebooted=found.boot_id != boot_id(), owner_died=True,
+                reset_at=reset_at)
         except BaseException:
             os.close(descriptor)
             raise

@@ -54,13 +54,16 @@ class StreamedImage(image_bytes.ImageBytes):
     independent = False
 
     def __init__(self, arguments: collections.abc.Sequence[str],
-                 rest: float, progress: requests.Progress) -> None:
+                 rest: float, progress: requests.Progress,
+                 read_timeout: int = 300) -> None:
         """:param arguments: what starts a mover
 
         :param rest: part of the time in which it leaves the disk alone, see
             :meth:`rest`
         :param progress: told how far the disk was looked through
+        :param read_timeout: seconds in which the disk must answer a mover
         """
+        self._read_timeout = read_timeout
         self._arguments = list(arguments)
         self._rest = rest
         self._progress = progress
@@ -119,7 +122,9 @@ class StreamedImage(image_bytes.ImageBytes):
     def _start(self, discard: bool = False) -> mover_stream.MoverStream:
         self.close()
         self._last = mover_stream.MoverStream(
-            [*self._arguments, f'--rest={self._rest}'], discard)
+            [*self._arguments, f'--rest={self._rest}',
+             *['--tell'] * discard], discard,
+            read_timeout=self._read_timeout)
         return self._last
 
 
@@ -161,7 +166,7 @@ class StreamedTransfer(base.Transfer):
                 functools.partial(end_mover, log.surroundings, token)))
             image = stack.enter_context(contextlib.closing(StreamedImage(
                 mover_stream.command(request.mover_python, *arguments),
-                share, request.progress)))
+                share, request.progress, request.read_timeout)))
             if guest is not None:
                 stack.enter_context(
                     pace.kept(guest, disk.target, share, image.rest))

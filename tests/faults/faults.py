@@ -115,10 +115,14 @@ def _kill_both(scene: Scene) -> None:
     _kill_command(scene)
 
 
-def _stop_mover_and_kill_command(scene: Scene) -> None:
-    # One that runs ends by itself when nobody wants its image any more.
+def _stop_mover(scene: Scene) -> None:
     for pid in scene.ours('mover'):
         os.kill(pid, signal.SIGSTOP)
+
+
+def _stop_mover_and_kill_command(scene: Scene) -> None:
+    # One that runs ends by itself when nobody wants its image any more.
+    _stop_mover(scene)
     _kill_command(scene)
 
 
@@ -208,7 +212,8 @@ def _breaking(name: str) -> Action:
 
 
 def _mending(name: str) -> Action:
-    return lambda scene: scene.filesystems[name].mend()
+    return lambda scene: scene.filesystems[name].mend(
+        lambda: scene.ours('guard'))
 
 
 # Glance
@@ -238,6 +243,8 @@ FAULTS = (
     Fault('command line and guard killed', _kill_both),
     *(_with_process(kind)
       for kind in ('guard', 'mover', 'qemu-nbd', 'qemu-img')),
+    Fault('mover stopped', _stop_mover,
+          applies=lambda moment: 'mover' in moment.processes),
     Fault('mover stopped, command line killed', _stop_mover_and_kill_command,
           applies=lambda moment: 'mover' in moment.processes),
     Fault('libvirtd killed, restarted', _kill_libvirtd, _start_libvirtd),

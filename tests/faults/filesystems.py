@@ -12,10 +12,12 @@
 
 """Small file systems that can be full, or read-only."""
 
+import collections.abc
 import contextlib
 import ctypes
 import os
 import pathlib
+import signal
 import subprocess
 import time
 
@@ -27,6 +29,8 @@ _RELEASE_TIMEOUT_S = 20.0
 # linux/sched.h
 _CLONE_NEWNS = 0x00020000
 _FILLER = 'filler'
+#: gives process ids
+Others = collections.abc.Callable[[], collections.abc.Iterable[int]]
 #: what is no file of a snapshot
 OWN = (_FILLER, 'lost+found')
 
@@ -40,6 +44,11 @@ def keep_mounts_private() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), 'no mount namespace can be made')
     images.run('mount', '--make-rprivate', '/')
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 class SmallFileSystem:
@@ -61,6 +70,7 @@ class SmallFileSystem:
                    self._device)
         self._mount()
         self.read_only = False
+        self._why_mounted = ''
         self.path.chmod(0o755)
 
     def _mount(self) -> None:
@@ -69,18 +79,39 @@ class SmallFileSystem:
         images.run(*command)
         images.run(*self._private.inside(*command))
 
-    def _unmount(self) -> None:
+    def _unmount(self, command: list[str]) -> bool:
+        done = subprocess.run(command, capture_output=True, text=True)
+        self._why_mounted = done.stderr
+        return not done.returncode
+
+    @contextlib.contextmanager
+    def _unmounted(self, others: Others) -> collections.abc.Iterator[None]:
+        """Have it mounted nowhere.
+
+        :param others: what must not look meanwhile: it would take everything
+            in there for gone
+        :raises AssertionError: if something holds files open in it
+        """
         deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-        for command in (self._private.inside('umount', self.path),
-                        ['umount', str(self.path)]):
-            while True:
-                done = subprocess.run(command, capture_output=True, text=True)
-                if not done.returncode:
-                    break
-                if time.monotonic() > deadline:
-                    raise AssertionError(
-                        f'files in {self.path} are held open: {done.stderr}')
-                time.sleep(0.2)
+        rest = [self._private.inside('umount', self.path),
+                ['umount', str(self.path)]]
+        while True:
+            stopped = list(others())
+            try:
+                for pid in stopped:
+                    _signal(pid, signal.SIGSTOP)
+                while rest and self._unmount(rest[0]):
+                    del rest[0]
+                if not rest:
+                    yield
+                    return
+            finally:
+                for pid in stopped:
+                    _signal(pid, signal.SIGCONT)
+            if time.monotonic() > deadline:
+                raise AssertionError(f'files in {self.path} are held open: '
+                                     f'{self._why_mounted}')
+            time.sleep(0.2)
 
     def fill(self) -> None:
         """Leave no byte."""
@@ -101,16 +132,17 @@ class SmallFileSystem:
         self.read_only = True
         pathlib.Path(f'/sys/fs/ext4/{name}/trigger_fs_error').write_text('1')
 
-    def mend(self) -> None:
+    def mend(self, others: Others = lambda: ()) -> None:
         """Have room again, or be writable again with all that was there.
 
+        :param others: gives the processes that may look at what is there
         :raises AssertionError: if something still holds files open there
         """
         if self.read_only:
-            self._unmount()
-            subprocess.run(['e2fsck', '-fy', self._device],
-                           capture_output=True)
-            self._mount()
+            with self._unmounted(others):
+                subprocess.run(['e2fsck', '-fy', self._device],
+                               capture_output=True)
+                self._mount()
             self.read_only = False
         (self.path / _FILLER).unlink(missing_ok=True)
 

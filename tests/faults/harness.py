@@ -24,6 +24,7 @@ import time
 
 import libvirt
 
+from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import undo
 from tests.faults import command
 from tests.faults import faults
@@ -151,7 +152,9 @@ class Bench:
             '[snapshot_ext]\n'
             f'state_directory = {self.filesystems["state"].path}\n'
             f'scratch_directory = {self.filesystems["scratch"].path}\n'
-            f'transfers = {scenario.transfer}\n')
+            f'transfers = {scenario.transfer}\n'
+            # A mover that was stopped is waited for so long, and 30 s.
+            'read_timeout = 10\n')
         return path
 
     def versions(self) -> str:
@@ -171,7 +174,8 @@ class Bench:
                 'create', subject.guest.uuid, *to, '--name', name,
                 '--flow', scenario.flow,
                 '--staging', str(self.filesystems['staging'].path),
-                '--verify-hash']
+                '--verify-hash', *(
+                    ['--no-memory'] if scenario.guest == 'agent' else [])]
 
     def start(self, scenario: plan.Scenario, name: str) -> command.Command:
         return self.runner.start(
@@ -193,7 +197,9 @@ class Bench:
         found = [f'process {kind} {pid}'
                  for pid, kind in self.processes().items()]
         for name, small in self.filesystems.items():
-            found += [f'{name}: {each}' for each in small.names()]
+            # Records of domain snapshots stay, and are looked at.
+            found += [f'{name}: {each}' for each in small.names()
+                      if each != domain_records.DIRECTORY]
         found += [f'images: {path.name}' for path in self.images.iterdir()
                   if path.name.startswith('.')]
         return found
@@ -203,13 +209,33 @@ class Bench:
 
         :raises AssertionError: if it fails
         """
+        self._run(scenario, 'recover')
+
+    def _run(self, scenario: plan.Scenario, *arguments: str) -> None:
         ended = self.runner.start([
-            '--config-file', str(self.configuration(scenario)), 'recover'],
-            {})
+            '--connect', self.libvirtd.uri, '--config-file',
+            str(self.configuration(scenario)), *arguments], {})
         while ended.step() is not None:
             ended.go()
         if ended.code:
             raise AssertionError(self.runner.said())
+
+    def delete_kept(self, scenario: plan.Scenario, uuid: str) -> int:
+        """Delete the domain snapshots that a guest has, as they are deleted
+        by whoever wants them no more.
+
+        :returns: how many it had
+        :raises AssertionError: if one can't be deleted
+        """
+        records = domain_records.Records(
+            str(self.filesystems['state'].path), uuid)
+        found = records.all()
+        for record in found:
+            if self.subject(scenario.guest).state() == 'gone':
+                records.forget()
+            else:
+                self._run(scenario, 'delete', uuid, record.name)
+        return len(found)
 
     def close(self) -> None:
         for each in self._subjects.values():
@@ -287,6 +313,7 @@ class Trial:
             raise AssertionError(
                 f'{self.scenario} failed without a fault: '
                 f'{self.bench.runner.said()}')
+        self._delete_kept('complete')
         self._check_whole()
         return moments
 
@@ -336,11 +363,14 @@ class Trial:
             by = 'recovery'
         seconds = time.monotonic() - ended
         self._wrong += self.bench.left()
+        image = self._image(fault)
+        self._delete_kept(image)
         harm = self._harm(leaves)
+        if self.subject.unasked is not None:
+            self._wrong.append(self.subject.unasked)
         if leaves == 'gone':
             # No guest is harmed; whoever has the disk then finds that.
             self._wrong += self.subject.harm_to_disk()
-        image = self._image(fault)
         if again:
             harm += self._restore()
             if not harm:
@@ -349,6 +379,25 @@ class Trial:
             self.scenario, moment.number, moment.name, fault.name, self.seed,
             _word(self.command.code), by, image, round(seconds, 2),
             tuple(harm), tuple(self._wrong))
+
+    def _delete_kept(self, image: str) -> None:
+        """Delete the domain snapshot that stays with an image.
+
+        :param image: what became of it
+        """
+        if self.scenario.flow != 'domain':
+            return
+        code = self.command.code
+        try:
+            kept = self.bench.delete_kept(
+                self.scenario, self.subject.guest.uuid)
+        except Exception as error:
+            self._wrong.append(f'its snapshot can not be deleted: {error}')
+            return
+        if kept and image not in ('complete', 'none' if code == 0 else ''):
+            self._wrong.append(f'a snapshot stays, and its image is {image}')
+        if not kept and code == 0:
+            self._wrong.append('its snapshot did not stay')
 
     def _held_at(self, moment: plan.Moment) -> bool:
         seen: collections.Counter[str] = collections.Counter()
@@ -435,7 +484,7 @@ class Trial:
                 following.command.go()
             if following.command.code:
                 raise AssertionError(self.bench.runner.said())
-            following._image()
+            following._delete_kept(following._image())
             if following._wrong:
                 raise AssertionError(following._wrong)
         except (AssertionError, command.Stuck) as error:

@@ -12,8 +12,9 @@
 
 """What does not hold, and why that is so.
 
-A guest that is harmed for a reason that is named here is counted as harmed all
-the same; a run fails for what is not named.
+A guest that is harmed for a reason that is named here is counted on its own,
+as the documentation says what an operator can do about it; a run fails for
+what is not named.
 """
 
 import dataclasses
@@ -45,23 +46,23 @@ class Shortfall:
 
 SHORTFALLS = (
     Shortfall(
-        ('guest undefined', 'guest destroyed, undefined'), ('cold',),
+        ('guest undefined', 'guest destroyed, undefined'),
+        ('cold', 'domain', 'domain, disks alone'),
         '^its disk holds snapshots',
         'the disk of a guest that is gone is left alone: it may be deleted at '
         'this moment, or another host\'s by now'),
     Shortfall(
         ('scratch read-only',), ('backup', 'cold, backup job'),
-        '^(it does not (write|come back)|its QEMU has other files open'
-        '|files in .* are held open|process guard|scratch: |state: )',
+        '^it does not (write|come back)',
         'QEMU gives the guest the error of the scratch for the write of its '
-        'own that it came with, before anybody can end the job; and its job '
-        'can not always be ended'),
+        'own that it came with, before anybody can end the job; '
+        ':ref:`scratch` says how likely that is, and what helps'),
     Shortfall(
-        ('guest is reset',), ('backup', 'live'),
-        '^(its file systems are unknown|process guard|state: )',
-        'libvirt says for minutes after the reset of a frozen guest that its '
-        'agent disappeared, and the guard asks for so long whether it is '
-        'thawed; the guest itself runs and writes'),
+        ('guest is reset',), ('backup',),
+        '^its agent can not be asked: ',
+        'libvirt does not take in that an agent ends, or comes, while a '
+        'backup job is under way, and can not ask it any more afterwards; '
+        'the guest itself runs and writes'),
 )
 
 
@@ -71,6 +72,16 @@ def why(tried: plan.Try, what: str) -> str | None:
         if each.explains(tried, what):
             return each.why
     return None
+
+
+def is_harmed(tried: plan.Try) -> bool:
+    """Whether a guest is harmed in a way that is not named here."""
+    return any(why(tried, what) is None for what in tried.harm)
+
+
+def is_harmed_as_named(tried: plan.Try) -> bool:
+    """Whether a guest is harmed, and in no other way than is named here."""
+    return bool(tried.harm) and not is_harmed(tried)
 
 
 def is_known(tried: plan.Try) -> bool:

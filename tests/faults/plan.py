@@ -17,25 +17,33 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """One way to take a snapshot.
+    """One way to take a snapshot, or what else is done with one.
 
     :ivar flow: its name
     :ivar guest: of which guest: a key of :data:`subjects.KINDS`
     :ivar service: ``directory`` or ``glance``
+    :ivar action: ``create``, or in words what else is done
     """
 
     flow: str
     transfer: str
     guest: str
     service: str = 'directory'
+    action: str = 'create'
 
     @property
     def way(self) -> str:
         """The flow, and what of it this guest takes."""
-        return {'raw': 'cold, backup job', 'off': 'cold, guest off',
-                'qcow2': 'cold'}.get(self.guest, self.flow)
+        if self.action != 'create':
+            return f'{self.flow}, {self.action}'
+        more = {('cold', 'raw'): 'backup job', ('cold', 'off'): 'guest off',
+                ('domain', 'agent'): 'disks alone'}.get(
+                    (self.flow, self.guest))
+        return self.flow if more is None else f'{self.flow}, {more}'
 
     def __str__(self) -> str:
+        if self.action != 'create':
+            return self.way
         return f'{self.way}, {self.transfer}, {self.service}'
 
 
@@ -43,10 +51,12 @@ SCENARIOS = tuple(
     Scenario(flow, transfer, guest, service)
     for service in ('directory', 'glance')
     for flow, guest in (('backup', 'agent'), ('live', 'agent'),
-                        ('cold', 'qcow2'), ('cold', 'raw'), ('cold', 'off'))
+                        ('cold', 'qcow2'), ('cold', 'raw'), ('cold', 'off'),
+                        ('domain', 'qcow2'), ('domain', 'agent'))
     for transfer in ('streamed', 'staged')
     # Glance sees no difference between these and the first.
-    if not (service == 'glance' and guest in ('raw', 'off')))
+    if not (service == 'glance' and (
+        guest in ('raw', 'off') or flow == 'domain' and guest == 'agent')))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +85,8 @@ class Try:
 
     :ivar ended: how the command line did: its exit code as words
     :ivar by: who undid the rest: ``itself``, ``guard``, ``recovery``
-    :ivar image: ``complete``, ``none``, ``queued``
+    :ivar image: ``complete``, ``none``, ``queued``; ``as it was`` where none
+        was to be made
     :ivar seconds: from the end of the command line until all was undone
     :ivar harm: what is wrong with the guest
     :ivar wrong: what else is not as it has to be

@@ -26,9 +26,11 @@ from tests.faults import results
 DIRECTORY = (pathlib.Path(__file__).parents[2]
              / 'doc' / 'source' / 'reference' / 'faults')
 #: how a cell shows what became of the image
-LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w'}
+LETTERS = {'complete': 'c', 'none': 'n', 'queued': 'q', 'wrong': 'w',
+           'as it was': 'a'}
 #: marks a cell in which something did not hold
 MARK = '!'
+_FAILURES = ('Harmed', 'Harmed as documented', 'Fails')
 _OF_ONE_TRY = ((r'instance-[0-9a-f]{8}', 'the guest'),
                (r'[0-9a-f]{8,}', 'N'), (r'\d+', 'N'))
 
@@ -68,31 +70,36 @@ def by_fault(found: results.Results) -> table.Table:
                 counted(each.ended for each in tries),
                 counted(each.by for each in tries),
                 counted(each.image for each in tries), f'{slowest:.1f}',
-                str(sum(bool(each.harm) for each in tries)),
-                str(sum(not each.holds for each in tries))))
+                *_failures(tries)))
     return table.Table(
         'by-fault', f'{summary(found)}; begun {found.begun}, '
         f'{found.seconds / 60:.0f} minutes, {found.versions}',
         ('', 'Fault', 'Tries', 'The command line ended', 'Undone by', 'Image',
-         's at most', 'Harmed', 'Fails'), rows)
+         's at most', *_FAILURES), rows)
+
+
+def _scenarios(found: results.Results) -> list[plan.Scenario]:
+    """Those that were tried: ways to take a snapshot, then all else."""
+    tried = {each.scenario for each in found.tries}
+    others = sorted(tried - set(plan.SCENARIOS), key=str)
+    return [*(each for each in plan.SCENARIOS if each in tried), *others]
 
 
 def by_way(found: results.Results) -> table.Table:
-    scenarios = [each for each in plan.SCENARIOS
-                 if any(t.scenario == each for t in found.tries)]
     rows = []
-    for scenario in scenarios:
+    for scenario in _scenarios(found):
         tries = [t for t in found.tries if t.scenario == scenario]
         rows.append((
-            scenario.way, scenario.transfer, scenario.service,
+            scenario.way, *(
+                (scenario.transfer, scenario.service)
+                if scenario.action == 'create' else ('', '')),
             str(len(found.steps[str(scenario)])),
             str(len({t.number for t in tries})), str(len(tries)),
-            str(sum(bool(t.harm) for t in tries)),
-            str(sum(not t.holds for t in tries))))
+            *_failures(tries)))
     return table.Table(
         'by-way', 'Faults by the way of the snapshot',
         ('Flow', 'Transfer', 'Image service', 'Steps', 'with a fault',
-         'Tries', 'Harmed', 'Fails'), rows)
+         'Tries', *_FAILURES), rows)
 
 
 def by_step(found: results.Results, scenario: plan.Scenario) -> table.Table:
@@ -143,10 +150,16 @@ def _first(words: str) -> str:
 
 def summary(found: results.Results) -> str:
     tries = found.tries
-    return (f'{len(tries)} faults, '
-            f'{sum(bool(each.harm) for each in tries)} guests harmed, '
-            f'{sum(not each.holds for each in tries)} where something did '
-            f'not hold')
+    harmed, as_named, failing = _failures(tries)
+    return (f'{len(tries)} faults, {harmed} guests harmed, {as_named} harmed '
+            f'as documented, {failing} where something did not hold')
+
+
+def _failures(tries: Tries) -> tuple[str, str, str]:
+    """What is below _FAILURES."""
+    return (str(sum(known.is_harmed(each) for each in tries)),
+            str(sum(known.is_harmed_as_named(each) for each in tries)),
+            str(sum(not each.holds for each in tries)))
 
 
 def write(found: results.Results) -> None:
@@ -159,6 +172,6 @@ def write(found: results.Results) -> None:
     (DIRECTORY / 'failing.inc').write_text(
         failing(found).rst() if any(not each.holds for each in found.tries)
         else 'Nothing: every cell holds.\n')
-    steps = [by_step(found, scenario).rst() for scenario in plan.SCENARIOS
-             if any(t.scenario == scenario for t in found.tries)]
+    steps = [by_step(found, scenario).rst()
+             for scenario in _scenarios(found)]
     (DIRECTORY / 'by-step.inc').write_text('\n'.join(steps))

@@ -38,6 +38,7 @@ import typing
 from oslo_concurrency import processutils
 
 from nova_snapshot_ext.cmd import snapshot as cli
+from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import guard
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
@@ -107,6 +108,7 @@ class Steps:
         for owner, name, step in (
                 (guard.Guard, 'watch', 'guard stands'),
                 (snapshot._Taking, '_freeze', 'frozen'),
+                (domain_records.Records, 'add', 'record added'),
                 (directory.DirectoryService, 'publish', 'published'),
                 (glance.GlanceService, 'publish', 'published')):
             setattr(owner, name, self.after(getattr(owner, name), step))

@@ -42,6 +42,7 @@ _PATTERNS = tuple((_SIZE // 10 * place // images.AREA * images.AREA
 _PACE_MS = 50
 # Seconds
 _STATE_TIMEOUT_S = 60.0
+_AGENT_TIMEOUT_S = 45.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,9 @@ class Subject:
             self.guest.wait_agent()
         if kind.off:
             self.guest.domain.destroy()
+        #: why libvirt can't ask its agent whether it is frozen, though it
+        #: writes; None where it can
+        self.unasked: str | None = None
         self._xml = self._inactive_xml()
         self._nodes = 0 if kind.off else len(self._block_nodes())
 
@@ -153,6 +157,7 @@ class Subject:
         :param ours: what the paths of snapshots begin with
         :param patience_s: in which it comes to that state
         """
+        self.unasked = None
         state = self.wait_state(
             'running' if leaves == 'transient' else leaves, patience_s)
         if leaves == 'transient':
@@ -177,17 +182,19 @@ class Subject:
         domain = self.guest.domain
         if domain.hasManagedSaveImage(0):
             yield 'it runs and has a managed save'
-        if self.kind.agent:
-            frozen = self._freeze_status()
-            if frozen != 'thawed':
-                yield f'its file systems are {frozen}'
-            if frozen == 'frozen':
-                # Nor does it write.
-                return
+        frozen = self._freeze_status() if self.kind.agent else 'thawed'
+        if frozen == 'frozen':
+            # Nor does it write.
+            yield 'its file systems are frozen'
+            return
         try:
             self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
         except AssertionError as error:
             yield f'it does not write: {error}'
+        else:
+            # It writes to its file system: that is thawed.
+            if frozen != 'thawed':
+                self.unasked = f'its agent can not be asked: {frozen}'
         if domain.jobStats()['type']:
             yield f'it has a job: {domain.jobStats()}'
         if domain.blockJobInfo(self.disk.target, 0):
@@ -204,7 +211,7 @@ class Subject:
 
     def _freeze_status(self) -> str:
         """What its agent says; one that is starting is asked again."""
-        deadline = time.monotonic() + guests.BOOT_TIMEOUT
+        deadline = time.monotonic() + _AGENT_TIMEOUT_S
         while True:
             try:
                 answer = libvirt_qemu.qemuAgentCommand(
@@ -213,7 +220,7 @@ class Subject:
                 return str(json.loads(answer)['return'])
             except libvirt.libvirtError as error:
                 if time.monotonic() > deadline:
-                    return f'unknown: {error}'
+                    return str(error)
             time.sleep(0.2)
 
     def harm_to_disk(self) -> collections.abc.Iterator[str]:

@@ -190,8 +190,8 @@ class KilledTestCase(test_flows.SnapshotTestCase):
         except libvirt.libvirtError:
             return False
 
-    def _wait_clean(self) -> None:
-        deadline = time.monotonic() + 60
+    def _wait_clean(self, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
         while list(self.state.iterdir()) or list(self.staging.iterdir()):
             self.assertLess(time.monotonic(), deadline,
                             'something was left')
@@ -301,6 +301,21 @@ class KilledTest(KilledTestCase):
                          guest.domain.state())
         guest.domain.resume()
         self.assert_whole(guest)
+
+    def test_frozen_guest_that_was_reset_is_not_asked_for_ever(self):
+        guest = self.guest(guests.Disk('overlay'), mode='fs', agent=True)
+        guest.wait_agent()
+        steps = self._steps(guest, 'backup')
+        process = self._taking(
+            guest, 'backup', steps.index('begin_backup done') + 1)
+        assert process.stdout is not None
+        self.assertEqual('here\n', process.stdout.readline())
+        guest.domain.reset(0)
+        process.kill()
+        # libvirt itself is busy for a minute with the agent that ended.
+        self._wait_clean(180)
+        guest.wait_writes_on(3, guests.BOOT_TIMEOUT)
+        self.assertTrue(self._is_whole(guest))
 
     def test_libvirt_that_is_away_is_said_and_waited_for(self):
         guest = self.guest(guests.Disk('overlay'))

@@ -13,6 +13,7 @@
 
 """A backup job: its scratch, its socket, and its end."""
 
+import errno
 import os
 import stat
 import threading
@@ -181,6 +182,17 @@ class TestJob(base.TestCase):
         self.assertEqual(
             ['watched', 'backupBegin', 'abortJob', 'watched'],
             self.journal.of('watched', 'backupBegin', 'abortJob'))
+
+    def test_job_is_not_begun_on_a_scratch_that_takes_no_writes(self) -> None:
+        def refuse(files: scratch.Files) -> None:
+            raise OSError(errno.EROFS, 'Read-only file system')
+
+        def break_it() -> None:
+            self.patch(scratch.Files, 'check_at_no_cost', refuse)
+        self.before_begin = break_it  # type: ignore[method-assign]
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'Read-only file system', self.run_job)
+        self.assertEqual([], self.journal.of('backupBegin'))
 
     def test_job_is_not_begun_for_good_on_a_scratch_that_ran_short(
             self) -> None:

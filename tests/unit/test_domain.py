@@ -355,6 +355,27 @@ class TestUndo(DomainTestCase):
         domain_snapshot.let_taking_end(self.orphaned, name=MINE)
         self.assertEqual(40.0, self.now)
 
+    def test_guest_that_stands_still_for_nothing_goes_on_at_once(
+            self) -> None:
+        # libvirtd died in the middle of it.
+        for reason, waited in ((libvirt.VIR_DOMAIN_PAUSED_SAVE, 5.0),
+                               (libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, 5.0),
+                               (libvirt.VIR_DOMAIN_PAUSED_USER, 40.0)):
+            self.now = 0.0
+            self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, reason]
+            domain_snapshot.let_taking_end(self.orphaned, name=MINE)
+            self.assertEqual(waited, self.now)
+        self.assertEqual(2, len(self.journal.of('resume')))
+
+    def test_guest_that_is_paused_with_a_job_is_waited_for(self) -> None:
+        self.domain.current_state = [
+            libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SAVE]
+        self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        self.assertRaises(
+            exception.UndoFailed, domain_snapshot.let_taking_end,
+            self.orphaned, name=MINE)
+        self.assertEqual([], self.journal.of('resume'))
+
     def test_call_without_end_is_tried_again_later(self) -> None:
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
         self.assertRaises(

@@ -1169,6 +1169,27 @@ class TestNovaHost(DriverTestCase):
             self.assertEqual(('no', 'no', 'later'),
                              self.asked(self.new_host(here=here)))
 
+    def test_server_that_has_left_does_not_come_back(self) -> None:
+        for left, host, vm_state, task_state in (
+                (True, 'compute-2', vm_states.ACTIVE, None),
+                (True, 'compute-2', vm_states.STOPPED, None),
+                (True, None, vm_states.SHELVED_OFFLOADED, None),
+                # It may yet, or is being moved.
+                (False, 'compute-2', vm_states.RESIZED, None),
+                (False, 'compute-2', vm_states.ACTIVE,
+                 task_states.RESIZE_FINISH),
+                (False, 'compute-2', vm_states.ACTIVE,
+                 task_states.MIGRATING),
+                (False, None, vm_states.ERROR, None),
+                (False, None, vm_states.SHELVED_OFFLOADED,
+                 task_states.SPAWNING)):
+            self.in_state(task_state, host=host, vm_state=vm_state)
+            error = self.assertRaises(
+                exception.UndoFailed,
+                self.new_host(here=False).undisturbed().__enter__)
+            self.assertEqual(left, isinstance(
+                error, exception.GuestElsewhere), (host, vm_state))
+
     def test_disk_of_a_server_that_nova_has_no_more(self) -> None:
         self.current = None
         for here in True, False:

@@ -80,6 +80,20 @@ class TestApplicable(base.TestCase):
             'guard killed'].leaves_guest(moment(1), 'running'))
 
 
+class TestPlan(base.TestCase):
+
+    def test_each_way_has_a_name_of_its_own(self) -> None:
+        names = [str(each) for each in plan.SCENARIOS]
+        self.assertEqual(len(names), len(set(names)))
+        self.assertIn('cold, backup job, staged, directory', names)
+        self.assertIn('domain, streamed, glance', names)
+        self.assertIn('domain, disks alone, streamed, directory', names)
+
+    def test_every_flow_is_tried(self) -> None:
+        self.assertEqual({'backup', 'cold', 'domain', 'live'},
+                         {each.flow for each in plan.SCENARIOS})
+
+
 class TestResults(base.TestCase):
 
     def test_saved_results_come_back(self) -> None:
@@ -125,7 +139,7 @@ class TestReport(base.TestCase):
         self.assertEqual('1c!', report.cell([tried(1, wrong=('left',))]))
 
     def test_every_image_has_a_letter(self) -> None:
-        self.assertEqual({'complete', 'none', 'queued', 'wrong'},
+        self.assertEqual({'complete', 'none', 'queued', 'wrong', 'as it was'},
                          set(report.LETTERS))
 
     def test_rows_are_steps_and_columns_faults(self) -> None:
@@ -139,6 +153,23 @@ class TestReport(base.TestCase):
         self.assertEqual([('1 step 1', '', ''), ('2 step 2', '1c', '1c')],
                          made.rows)
 
+    def test_what_is_no_taking_comes_last(self) -> None:
+        way = plan.Scenario('domain', 'streamed', 'raw',
+                            action='revert, external')
+        found = results.Results(tries=[
+            tried(1, scenario=way, image='as it was'), tried(1)])
+        for each in way, WAY:
+            found.steps[str(each)] = [moment(1)]
+        self.assertEqual(
+            [('backup', 'streamed', 'directory'),
+             ('domain, revert, external', '', '')],
+            [row[:3] for row in report.by_way(found).rows])
+        self.assertEqual([('1 step 1', '1a')],
+                         report.by_step(found, way).rows)
+        path = pathlib.Path(self.directory) / 'results.json'
+        found.save(path)
+        self.assertEqual(found, results.load(path))
+
     def test_what_fails_is_named_once_with_its_steps(self) -> None:
         bad = tried(1, wrong=('process mover 7',))
         found = results.Results(tries=[
@@ -148,8 +179,26 @@ class TestReport(base.TestCase):
         [row] = report.failing(found).rows
         self.assertEqual(('guard killed', 'backup', '2', 'step 1, step 3',
                           '``process mover N``', 'not known'), row)
-        self.assertIn('3 faults, 0 guests harmed, 2 where',
-                      report.summary(found))
+        self.assertIn('3 faults, 0 guests harmed, 0 harmed as documented, '
+                      '2 where', report.summary(found))
+
+    def test_harm_that_is_documented_is_counted_on_its_own(self) -> None:
+        self.patch(known, 'SHORTFALLS', (known.Shortfall(
+            ('scratch read-only',), ('backup',), 'not write', 'so'),))
+        named = tried(1, 'scratch read-only', harm=('it does not write',))
+        both = tried(2, 'scratch read-only', harm=(
+            'it does not write', 'it is off'))
+        other = tried(3, harm=('it does not write',))
+        found = results.Results(tries=[
+            named, both, other, tried(4), tried(5, wrong=('left',))])
+        found.steps[str(WAY)] = [moment(number) for number in range(1, 6)]
+        self.assertIn('5 faults, 2 guests harmed, 1 harmed as documented, 4 '
+                      'where', report.summary(found))
+        self.assertEqual(
+            {'scratch read-only': ('1', '1', '2'),
+             'guard killed': ('1', '0', '2')},
+            {row[1]: row[-3:] for row in report.by_fault(found).rows})
+        self.assertEqual(('2', '1', '4'), report.by_way(found).rows[0][-3:])
 
 
 class TestKnown(base.TestCase):

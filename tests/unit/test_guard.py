@@ -14,6 +14,8 @@ import io
 import os
 import signal
 import sys
+import time
+import typing
 
 import fixtures
 import libvirt
@@ -32,6 +34,29 @@ TEST_URI = 'test:///default'
 journal = fakes.Journal()
 pipes: list[int] = []
 errors: list[Exception] = []
+
+
+#: what of a domain makes it worth to be listened to
+CHANNEL = "<channel><target name='org.qemu.guest_agent.0'/></channel>"
+
+
+class ListenedTo(fakes.FakeConnection):
+    """A connection with events."""
+
+    alive = True
+    call: typing.Any = None
+
+    def isAlive(self) -> bool:
+        return self.alive
+
+    def domainEventRegisterAny(
+            self, domain: fakes.FakeDomain, event: int, call: typing.Any,
+            more: object) -> None:
+        assert event == libvirt.VIR_DOMAIN_EVENT_ID_REBOOT
+        self.call = call
+
+    def reset(self) -> None:
+        self.call(self, self.domains[0], None)
 
 
 @undo.step
@@ -57,6 +82,8 @@ class GuardTestCase(base.TestCase):
             'nova_snapshot_ext.guard.find_guest',
             lambda uri, uuid: self.guest)
         self.log = self.new_log()
+        self.resets = guard.Resets(self.log.path)
+        self.patch(self.resets, 'listen', lambda: None)
 
     def open_pipe(self) -> None:
         reading, writing = os.pipe()
@@ -71,7 +98,7 @@ class TestStandGuard(GuardTestCase):
 
     def stand(self) -> None:
         self.open_pipe()
-        guard._stand_guard(self.log.path)
+        guard._stand_guard(self.log.path, self.resets)
 
     def test_it_says_when_it_stands(self) -> None:
         self.log.push(demo_guard_step, -1.0, what='last')
@@ -165,8 +192,92 @@ class TestStandGuard(GuardTestCase):
             os.close(pipes.pop())
             return real(path)
         self.patch_name('nova_snapshot_ext.undo.read', read)
-        guard._stand_guard(self.log.path)
+        guard._stand_guard(self.log.path, self.resets)
         self.assertEqual([], pipes)
+
+    def test_late_undo_hears_of_a_reset(self) -> None:
+        self.resets._at = 7.0
+        self.log.push(demo_guard_step, -1.0, what='last')
+        around: list[undo.Surroundings] = []
+        real = undo.Pending.run
+
+        def run(pending: undo.Pending, given: undo.Surroundings) -> None:
+            around.append(given)
+            real(pending, given)
+        self.patch_name('nova_snapshot_ext.undo.Pending.run', run)
+        self.stand()
+        self.assertEqual([7.0], [each.reset_at for each in around])
+
+
+class TestResets(GuardTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.domain.devices = CHANNEL
+        self.connection = ListenedTo(self.domain)
+        self.opened = 0
+        self.patch_name('libvirt.open', self.open)
+        self.patch_name('nova_snapshot_ext.guard.run_event_loop',
+                        lambda: None)
+        self.now = 0.0
+        self.patch_name('time.monotonic', lambda: self.now)
+        self.resets = guard.Resets(self.log.path)
+
+    def open(self, uri: str) -> 'ListenedTo':
+        self.opened += 1
+        return self.connection
+
+    def listen(self, times: int = 3) -> None:
+        for _ in range(times):
+            self.resets.listen()
+            self.now += 1.0
+
+    def test_reset_is_seen_and_told(self) -> None:
+        self.open_pipe()
+        self.listen()
+        self.assertEqual(1, self.opened)
+        self.assertIsNone(self.resets.at())
+        self.connection.reset()
+        self.assertEqual(100.0, self.resets.at())
+        self.assertEqual(b'100.0\n', self.answer.getvalue())
+        # Nobody may listen any more.
+        self.answer.close()
+        self.connection.reset()
+        os.close(pipes.pop())
+
+    def test_broken_connection_is_made_anew(self) -> None:
+        self.listen()
+        self.connection.alive = False
+        self.listen(1)
+        self.assertEqual(2, self.opened)
+
+    def test_guest_without_an_agent_is_not_listened_to(self) -> None:
+        self.domain.devices = ''
+        self.listen()
+        self.assertEqual(1, self.opened)
+        self.assertTrue(self.connection.closed)
+        self.assertIsNone(self.connection.call)
+
+    def test_libvirt_that_is_away_is_asked_once_a_second(self) -> None:
+        def refuse(uri: str) -> None:
+            self.opened += 1
+            raise fakes.libvirt_error(libvirt.VIR_ERR_NO_CONNECT)
+        self.patch_name('libvirt.open', refuse)
+        self.listen()
+        self.resets.listen()
+        self.resets.listen()
+        self.assertEqual(4, self.opened)
+
+    def test_guest_or_log_that_is_gone_is_no_error(self) -> None:
+        self.domain.gone()
+        self.listen()
+        self.domain.connection.domains = ()
+        self.connection.domains = ()
+        self.listen()
+        self.log.unwind()
+        self.connection.alive = False
+        self.listen()
+        self.assertIsNone(self.resets.at())
 
 
 class TestBringBack(GuardTestCase):
@@ -206,6 +317,25 @@ class TestBringBack(GuardTestCase):
         self.log.push(demo_guard_step, what='one')
         self.assertTrue(self.bring_back())
         self.assertEqual([0.05, 1.0, 1.5], waits)
+
+    def test_reset_that_was_seen_is_told_to_each_undo(self) -> None:
+        seen: list[float | None] = []
+        real = undo.UndoLog.adopt
+
+        def adopt(kind: type[undo.UndoLog], *arguments: typing.Any,
+                  **more: typing.Any) -> undo.UndoLog:
+            found = real(*arguments, **more)
+            seen.append(found.surroundings.reset_at)
+            return found
+        self.patch_name('nova_snapshot_ext.undo.UndoLog.adopt', adopt)
+        errors.append(exception.SnapshotError('no'))
+        self.log.push(demo_guard_step, what='failing')
+        self.log.close()
+        times = [None, 7.0]
+        self.assertTrue(guard.bring_back(
+            self.log.path, guard.find_guest, guard.GuardHost(),
+            lambda: times.pop(0)))
+        self.assertEqual([None, 7.0], seen)
 
     def test_libvirt_that_comes_back_is_waited_for(self) -> None:
         self.log.push(demo_guard_step, what='one')
@@ -347,6 +477,23 @@ class TestGuard(base.TestCase):
         log, code = self.ended_in_vain()
         self.assertEqual(-signal.SIGKILL, code)
         self.assertEqual(1, len(undo.read(log.path).pending))
+
+    def test_its_owner_hears_of_a_reset(self) -> None:
+        script = self.new_file('guard', (
+            b'#!/bin/sh\nprintf "r7.5\\n12.25\\n99"; cat > /dev/null\n'))
+        os.chmod(script, 0o755)
+        log = self.new_log()
+        with fixtures.MonkeyPatch('sys.executable', script):
+            with guard.Guard() as guarding, log:
+                self.assertIsNone(guarding._reset_at())
+                guarding.watch(log)
+                deadline = time.monotonic() + 30
+                while (guarding._reset_at() is None
+                       and time.monotonic() < deadline):
+                    time.sleep(0.01)
+                # The last line is not whole.
+                self.assertEqual(12.25, guarding._reset_at())
+                self.assertEqual(12.25, guarding._reset_at())
 
     def test_it_leaves_a_living_owner_alone(self) -> None:
         with guard.Guard() as guarding, self.new_log() as log:

@@ -17,6 +17,7 @@ import contextlib
 import os
 import typing
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import exception
@@ -107,6 +108,21 @@ class TestDelete(InternalSnapshotTestCase):
         self.assertRaisesRegex(
             exception.UndoFailed, 'Nova has held it', self.delete)
         self.assertEqual(['asked'], self.journal)
+
+    def test_disk_that_left_with_its_server_is_another_hosts(self) -> None:
+        def undisturbed() -> typing.NoReturn:
+            raise exception.GuestElsewhere('Server 7 is on the host h')
+        self.patch(self.host, 'undisturbed', undisturbed)
+        logged = self.useFixture(fixtures.FakeLogger())
+        # As long as its domain is here, it may not have left for good.
+        self.domain.off()
+        self.assertRaises(exception.UndoFailed, self.delete)
+        self.domain.gone()
+        self.delete()
+        self.assertEqual([MINE, 'theirs'], self.qemu_img.snapshots)
+        self.assertIn(f'Server 7 is on the host h, and is not here any more: '
+                      f'if its disk {self.path} went with it, the internal '
+                      f'snapshot {MINE} is still in there', logged.output)
 
     def test_stopped_guests_is_deleted_by_qemu_img(self) -> None:
         self.domain.off()

@@ -74,7 +74,7 @@ class MoverTestCase(base.TestCase):
         self.patch_name('tests.unit.fake_libnbd.disk', disk)
         path = os.path.join(self.directory, 'image')
         arguments = {'unix': '/s', 'export': 'vda', 'in_flight': 4,
-                     'patience': 60, 'size': None, **options}
+                     'patience': 60, 'size': None, 'tell': False, **options}
         with open(path, 'wb') as file:
             mover.move(
                 argparse.Namespace(format=image_format, **arguments),
@@ -114,6 +114,20 @@ class TestMove(MoverTestCase):
 
     def test_images_hold_what_the_disk_holds(self) -> None:
         self.check_images()
+
+    def test_signs_of_life_are_given(self) -> None:
+        self.patch(mover, '_TELL_S', 0.0)
+        disk = fake_libnbd.Disk(b'x' * 2 * MIB, [(2 * MIB, 0)])
+        self.move(disk, 'raw', digest=None)
+        looked = {'looked': 0, 'of': 2 * MIB}
+        self.assertEqual(
+            [looked, {'length': 2 * MIB},
+             {'written': 2 * MIB, 'digest': None}], self.said)
+        self.move(disk, 'raw', digest=None, tell=True)
+        self.assertEqual(
+            [looked, {'length': 2 * MIB}, {'moved': MIB},
+             {'moved': 2 * MIB}, {'written': 2 * MIB, 'digest': None}],
+            self.said)
 
     def test_holes_are_not_read(self) -> None:
         disk = fake_libnbd.Disk(

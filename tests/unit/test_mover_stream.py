@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import collections.abc
 import contextlib
 import os
 import signal
@@ -197,6 +198,68 @@ class TestReading(StreamTestCase):
         self.assertRaises(
             exception.TransferFailed,
             self.stream('say(length=9); end(1)', discard=True).finish)
+
+
+class TestLate(StreamTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch_name('nova_snapshot_ext.mover_stream._MARGIN_S', 0.1)
+        self.patch_name('nova_snapshot_ext.mover_stream._LOOK_S', 0.05)
+
+    def late(self, code: str, discard: bool = False,
+             ) -> mover_stream.MoverStream:
+        stream = mover_stream.MoverStream(
+            [sys.executable, '-I', '-c', MOVER, code,
+             f'--token={self.id()}'], discard, read_timeout=1)
+        self.addCleanup(stream.close)
+        return stream
+
+    def assertKilled(self, call: collections.abc.Callable[[], object],
+                     ) -> None:
+        began = time.monotonic()
+        self.assertRaisesRegex(
+            exception.TransferFailed,
+            r'gave nothing for 0 s more than \[snapshot_ext\] read_timeout '
+            r'= 1, and was killed$', call)
+        self.assertLess(time.monotonic() - began, 30)
+
+    def test_mover_that_was_stopped_is_killed(self) -> None:
+        stop = 'os.kill(os.getpid(), signal.SIGSTOP)'
+        self.assertKilled(self.late(f'import signal; {stop}').prepare)
+        for code in (
+                f'say(length=9); write(4); sys.stdout.flush(); {stop}',
+                f'say(length=9); write(9); sys.stdout.flush(); {stop}',
+                f'say(length=9); write(9); sys.stdout.flush(); '
+                f'say(written=9); {stop}'):
+            stream = self.late(f'import signal; {code}')
+            stream.prepare()
+            self.assertKilled(stream.read)
+            stream.close()
+        self.assertEqual([], processes.having(f'--token={self.id()}'))
+        self.assertNothingLeft()
+
+    def test_slow_reader_is_not_a_late_mover(self) -> None:
+        stream = self.late(
+            'say(length=9000000); write(9000000); say(written=9000000)')
+        stream.prepare()
+        time.sleep(1.5)
+        first = stream.read(1)
+        time.sleep(1.5)
+        self.assertEqual(9000000, len(first + stream.read()))
+
+    def test_signs_of_life_are_no_silence(self) -> None:
+        stream = self.late(
+            'for done in range(8): time.sleep(0.3); say(looked=done, of=9)\n'
+            'say(length=9)\n'
+            'for done in range(8): time.sleep(0.3); say(moved=done)\n'
+            'say(written=9, digest="abc")', discard=True)
+        stream.prepare()
+        stream.finish()
+        self.assertEqual('abc', stream.digest)
+        silent = self.late('say(length=9); time.sleep(60)', discard=True)
+        silent.prepare()
+        self.assertKilled(silent.finish)
 
 
 class TestControl(StreamTestCase):

@@ -10,6 +10,8 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import dataclasses
+
 import libvirt
 
 from nova_snapshot_ext import exception
@@ -105,6 +107,46 @@ class TestQuiesced(base.TestCase):
         for call in ('fsFreeze', 'fsThaw'):
             before = self.journal[self.journal.index(call) - 1]
             self.assertEqual('agentSetResponseTimeout 10', before)
+
+    def left_frozen(self) -> None:
+        """Its agent does not answer the thaw; its snapshot fails."""
+        self.patch_name('nova_snapshot_ext.undo.uptime', lambda: 50.0)
+        self.domain.errors['fsThaw'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+        self.assertRaises(guests.LibvirtError, self.run_quiesced,
+                          requests.Quiesce.IF_POSSIBLE)
+
+    def unwind(self, reset_at: float | None) -> None:
+        self.log.surroundings = dataclasses.replace(
+            self.log.surroundings, reset_at=reset_at)
+        self.log._unwind(self.log._entries, quiet=False)
+
+    def test_guest_that_was_reset_has_nothing_to_thaw(self) -> None:
+        self.left_frozen()
+        for reset_at in None, 49.0:
+            # What was before it was frozen does not count.
+            self.assertRaises(exception.UndoFailed, self.unwind, reset_at)
+            self.assertEqual(1, self.log.pending)
+        self.unwind(51.0)
+        self.assertEqual(0, self.log.pending)
+        self.assertEqual(4, len(self.journal.of('fsThaw')))
+
+    def test_guest_that_boots_has_nothing_to_thaw(self) -> None:
+        self.left_frozen()
+        self.domain.devices = CONNECTED.replace('connected', 'disconnected')
+        self.assertRaises(exception.UndoFailed, self.unwind, None)
+        self.unwind(51.0)
+        self.assertEqual(0, self.log.pending)
+
+    def test_guest_that_was_reset_is_asked_all_the_same(self) -> None:
+        self.left_frozen()
+        # Whoever answers may be frozen: that it is not known is an error.
+        self.domain.errors['fsThaw'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR)
+        self.assertRaises(exception.UndoFailed, self.unwind, 51.0)
+        self.domain.errors.clear()
+        self.unwind(51.0)
+        self.assertEqual(0, self.domain.frozen)
 
     def test_guest_is_thawed_when_the_body_fails(self) -> None:
         self.assertRaisesRegex(

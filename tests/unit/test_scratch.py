@@ -20,6 +20,7 @@ import fixtures
 import libvirt
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import scratch
 from tests.unit import base
 from tests.unit import doubles
@@ -188,6 +189,11 @@ class TestWatch(ScratchTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.watch = scratch.Watch(self.guest, self.files(), '/ours')
+        self.calls_of_state = 0
+        self.domain.before['state'] = self.count
+
+    def count(self) -> None:
+        self.calls_of_state += 1
 
     def pause(self, reason: int) -> None:
         self.domain.current_state = [libvirt.VIR_DOMAIN_PAUSED, reason]
@@ -211,6 +217,57 @@ class TestWatch(ScratchTestCase):
         self.assertFalse(self.watch.look())
         self.assertEqual(['abortJob'], self.journal)
         self.assertIn('Read-only file system', self.watch.why_lost() or '')
+
+    def refuse_writes(self, error: int = errno.EROFS) -> None:
+        real = os.pwrite
+
+        def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+            if not data:
+                raise OSError(error, '')
+            return real(descriptor, data, offset)
+        self.patch_name('os.pwrite', pwrite)
+
+    def test_writes_that_are_refused_are_seen_between_two_looks(
+            self) -> None:
+        self.assertTrue(self.watch.glance())
+        looked = self.calls_of_state
+        for _ in range(3):
+            self.assertTrue(self.watch.glance())
+        # libvirt is not asked so often.
+        self.assertEqual(looked, self.calls_of_state)
+        self.refuse_writes()
+        self.assertFalse(self.watch.glance())
+        self.assertEqual(['abortJob'], self.journal)
+        self.assertIn('vda can not be written to any more: Read-only file '
+                      'system', self.watch.why_lost() or '')
+
+    def test_writes_that_are_refused_for_now_end_nothing(self) -> None:
+        self.refuse_writes(errno.EINTR)
+        self.watch.glance()
+        self.assertTrue(self.watch.glance())
+        self.assertEqual([], self.journal)
+
+    def test_job_that_can_not_be_ended_is_ended_later(self) -> None:
+        self.watch.glance()
+        self.refuse_writes()
+        logged = self.useFixture(fixtures.FakeLogger())
+        self.domain.errors['abortJob'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_NO_CONNECT)
+        self.assertRaises(guests.LibvirtError, self.watch.glance)
+        for _ in range(3):
+            self.assertTrue(self.watch.glance())
+        self.assertRaises(guests.LibvirtError, self.watch.look)
+        self.domain.errors.clear()
+        self.assertFalse(self.watch.look())
+        self.assertEqual(3, len(self.journal.of('abortJob')))
+        self.assertEqual(1, logged.output.count('is ended'))
+
+    def test_job_is_not_begun_on_what_takes_no_writes(self) -> None:
+        self.watch.check()
+        self.refuse_writes()
+        self.assertRaisesRegex(
+            exception.FreezeFailed, 'can not be written to', self.watch.check)
+        self.assertEqual([], self.journal)
 
     def test_guest_that_was_paused_by_it_is_resumed_without_the_job(
             self) -> None:
