@@ -164,19 +164,17 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Keep one; the guest's state descends from it from now on."""
+        self.replace(record)
+        self.set_current(record.name)
+
+    def replace(self, record: Record) -> None:
+        """Write one anew that is there; the guest's state is where it is."""
         fields = {'domain_snapshot': VERSION, **dataclasses.asdict(record),
                   'rollback': record.rollback.value}
         if record.files is None:
             # As before there were others.
             del fields['files']
         self._write(self._path(record.name), json.dumps(fields, indent=1))
-        self.set_current(record.name)
-
-    def replace(self, record: Record) -> None:
-        """Write one anew that is there; the guest's state is where it is."""
-        current = self.current
-        self.add(record)
-        self.set_current(current)
 
     def remove(self, name: str) -> None:
         """Drop one; what descends from it descends from its parent then.
