@@ -45,7 +45,7 @@ EVERY = int(os.environ.get('KILLED_EVERY', '3'))
 # Rounds that the guest may do between two looks at it.
 SOME = 3
 
-_REVERT = test_killed.STOPPING + textwrap.dedent('''
+REVERT = test_killed.STOPPING + textwrap.dedent('''
     from nova_snapshot_ext import domain_records, rollback
 
     uri, uuid, name, state, last = sys.argv[1:]
@@ -580,7 +580,7 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
     def _reverting(self, guest: guests.Guest, name: str,
                    last: int) -> 'subprocess.Popen[str]':
         process = subprocess.Popen(
-            [sys.executable, '-c', _REVERT, self.libvirtd.uri, guest.uuid,
+            [sys.executable, '-c', REVERT, self.libvirtd.uri, guest.uuid,
              name, str(self.state), str(last)],
             stdout=subprocess.PIPE, text=True)
         self.addCleanup(self._end, process)

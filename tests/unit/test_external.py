@@ -23,6 +23,7 @@ from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import external_files
 from nova_snapshot_ext import external_merge
+from nova_snapshot_ext import external_rollback
 from nova_snapshot_ext.flows import domain
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
@@ -79,6 +80,7 @@ class ExternalTestCase(base.TestCase):
                 self.files.event(f'unlink {path}')
                 opened, _ = self.files.opened()
                 assert path not in opened, f'{path} is in use'
+                self.files.content.pop(path, None)
             unlink(path, **more)
         self.patch_name('nova_snapshot_ext.undo.append', appending)
 
@@ -455,6 +457,18 @@ class TestDelete(ExternalTestCase):
                           files=before)
         self.assertEqual(before, sorted(os.listdir(self.disks)))
 
+    def test_definition_that_libvirt_did_not_change_is_changed(self) -> None:
+        self.take('one')
+        pivot = self.overlaid.blockJobAbort
+
+        def pivoting(target: str, flags: int) -> None:
+            before = dict(self.overlaid.defined)
+            pivot(target, flags)
+            self.overlaid.defined = before
+        self.domain.blockJobAbort = pivoting  # type: ignore[method-assign]
+        self.delete('one')
+        self.assert_clean()
+
     def test_only_files_of_snapshots_are_deleted(self) -> None:
         path = os.path.join(self.disks, 'vda')
         self.assertRaises(exception.NotOurs, external_files.delete, path)
@@ -547,6 +561,15 @@ class TestRevert(ExternalTestCase):
         self.assertIn('is gone', self.obstacle('one'))
         self.overlaid.live['vda'] = (os.path.join(self.disks, 'vda'), 'qcow2')
         self.assertIn('somebody else changed', self.obstacle('one'))
+
+    def test_files_of_snapshots_are_never_what_is_left(self) -> None:
+        self.take('one')
+        self.take('two')
+        external_rollback.delete_left_overlays(
+            undo.Surroundings(self.guest, self.host),
+            paths=[self.record('two').disks['vda']], uuid=fakes.UUID,
+            state_directory=self.state)
+        self.assert_right('one', 'two')
 
     def test_guest_that_is_not_ours_to_start(self) -> None:
         self.take('one')
