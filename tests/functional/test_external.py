@@ -20,7 +20,6 @@ import random
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import typing
@@ -43,16 +42,6 @@ from tests.functional import test_killed
 
 EVERY = test_domain.EVERY
 SOME = test_domain.SOME
-
-_DELETE = test_killed.STOPPING + textwrap.dedent('''
-    from nova_snapshot_ext import domain_records, domain_snapshot
-
-    uri, uuid, name, state, last = sys.argv[1:]
-    ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
-    records = domain_records.Records(state, uuid)
-    domain_snapshot.delete(
-        ours, records.find(name), records, host.PlainHost())
-''')
 
 
 def digest(path: typing.Any) -> str:
@@ -598,7 +587,7 @@ class KilledTest(ExternalTestCase, test_killed.KilledTestCase):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
         for first_one in (True, False):
             process = self._process(
-                _DELETE, guest, self._two(guest, first_one), 0)
+                test_domain.DELETE, guest, self._two(guest, first_one), 0)
             assert process.stdout is not None
             steps = process.stdout.read().splitlines()
             self.assertEqual(0, process.wait())
@@ -608,7 +597,7 @@ class KilledTest(ExternalTestCase, test_killed.KilledTestCase):
                 for number, step in list(enumerate(steps, 1))[begin::EVERY]:
                     name = self._two(guest, first_one)
                     since = time.monotonic()
-                    self._kill(self._process(_DELETE, guest, name, number),
+                    self._kill(self._process(test_domain.DELETE, guest, name, number),
                                step, guard_too)
                     self._wait_done(guest)
                     self.assert_lives(guest)
