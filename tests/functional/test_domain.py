@@ -599,6 +599,7 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
             number = 0
             while number == 0 or number <= len(steps):
                 if self.records(guest).find('goes') is None:
+                    self._forget_image()
                     self.keep(guest, 'goes')
                 number += self._kill_delete_at(guest, number, steps)
         guest.start()
