@@ -699,14 +699,13 @@ class TestKilled(ExternalTestCase):
     def test_deleting_again(self) -> None:
         """Who repeats what was killed finds what is left of it."""
         for title, other in (('one', 'two'), ('two', 'one')):
-            for act in (lambda: self.delete(title),
-                        lambda: self.delete(other),
-                        lambda: self.revert(other),
-                        lambda: self.revert(title)):
-                self.do_after_each(title, act)
+            for act in (self.delete, self.revert):
+                for then in (title, other):
+                    self.do_after_each(title, act, then)
 
     def do_after_each(self, title: str,
-                      act: typing.Callable[[], object]) -> None:
+                      act: typing.Callable[[str], object],
+                      then: str) -> None:
         for number in range(self.MOST):
             self.clear()
             for each in ('one', 'two'):
@@ -724,8 +723,11 @@ class TestKilled(ExternalTestCase):
             self.patch_name(
                 'tests.unit.test_external.ExternalTestCase.record',
                 lambda case, name: chosen[name])
-            with contextlib.suppress(exception.RollbackRefused):
-                act()
+            try:
+                act(then)
+            except exception.RollbackRefused as error:
+                self.assertIn('deleted by now', str(error))
+                self.assertNotIn(then, self.titles())
             self.assertIn(self.overlaid.reads(), (
                 self.present, self.held['one'], self.held['two']))
             self.assert_right(*self.titles())
