@@ -44,6 +44,7 @@ from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext.images import rotation
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
@@ -105,8 +106,9 @@ _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
-# What Nova's API writes on an image of a server.
+# What Nova's API writes on an image of a server, and on one of a backup.
 _OF_SERVER = 'instance_uuid'
+_BACKUP_TYPE = 'backup_type'
 _MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
@@ -660,6 +662,9 @@ class SnapshotLibvirtDriver(
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
+        if caller == task_states.IMAGE_BACKUP and (
+                request.disks is requests.Disks.ALL):
+            _delete_rotated(context, instance, image)
 
     def _for_rollback(self, instance: objects.Instance, image_id: str,
                       wished: selection.Wish) -> dict[str, typing.Any]:
@@ -718,7 +723,7 @@ class SnapshotLibvirtDriver(
             properties=properties, removed=frozenset(removed),
             # What finds all images of a server finds these as well. They have
             # nothing that is for booting.
-            further={_OF_SERVER: instance.uuid})
+            further={_OF_SERVER: instance.uuid} | _of_backup(image))
 
 
 def _finish_now(path: str, find: undo.FindGuest, host: undo.HostFor,
@@ -775,6 +780,28 @@ def _with_memory(image: dict[str, typing.Any]) -> bool:
         raise exception.InvalidSetting(
             f'image property {MEMORY_PROPERTY}', asked,
             'it must be true or false') from error
+
+
+def _of_backup(image: dict[str, typing.Any]) -> dict[str, str]:
+    """What the images of further disks say of a backup, if it is one."""
+    kind = image['properties'].get(_BACKUP_TYPE)
+    return {} if kind is None else {rotation.PROPERTY: kind}
+
+
+def _delete_rotated(context: nova_context.RequestContext,
+                    instance: objects.Instance,
+                    image: dict[str, typing.Any]) -> None:
+    """Delete what Nova has left of earlier backups: it deletes the images of
+    root disks, when this one is taken."""
+    for kind in _of_backup(image).values():
+        try:
+            for image_id in rotation.delete_rotated(
+                    _glance(context), instance.uuid, kind):
+                LOG.info('Image %s is deleted: Nova has deleted the backup '
+                         'that it was of', image_id, instance=instance)
+        except exception.SnapshotError as error:
+            LOG.warning('Images of further disks of earlier backups may '
+                        'stay: %s', error, instance=instance)
 
 
 def _which_disks(instance: objects.Instance,

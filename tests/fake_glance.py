@@ -17,6 +17,7 @@ import http.server
 import json
 import threading
 import typing
+import urllib.parse
 
 IMAGE = 'c0ffee00-0000-4000-8000-000000000001'
 PREFIX = '/v2/images'
@@ -134,6 +135,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer(201, self.server.images[self.image_id])
             else:
                 self.answer(409, {'message': 'there is one of that id'})
+        elif key == 'GET' and not self.image_id:
+            self.answer(200, {'images': self.found()})
         elif self.image_id not in self.server.images:
             self.answer(404, {'message': 'not found'})
         elif key == 'PUT /file':
@@ -173,6 +176,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # No more came in time, or the connection broke.
             self.close_connection = True
         return body
+
+    def found(self) -> list[dict[str, typing.Any]]:
+        """The images that have what is asked for, and are not hidden."""
+        asked = dict(urllib.parse.parse_qsl(
+            urllib.parse.urlsplit(self.path).query))
+        asked.pop('limit', None)
+        return [image for image in self.server.images.values()
+                if not image.get('os_hidden')
+                and all(image.get(name) == value
+                        for name, value in asked.items())]
 
     def make(self, document: dict[str, typing.Any]) -> bool:
         """:returns: whether there was no such image"""

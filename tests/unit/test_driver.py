@@ -513,11 +513,43 @@ class TestDisks(DriverTestCase):
         self.assertEqual({'instance_uuid': fakes.UUID},
                          self.taken[-1]['description'].further)
 
-    def test_backup_is_of_all_too(self) -> None:
-        self.config(disks='all', group='snapshot_ext')
+    def back_up(self, disks: str = 'all') -> list[tuple[object, ...]]:
+        """:returns: how what Nova has rotated out is asked for"""
+        asked: list[tuple[object, ...]] = []
+
+        def delete(*arguments: object) -> list[str]:
+            asked.append(arguments)
+            if self.fails:
+                raise exception.ImageRefused('403')
+            return ['image-9']
+        self.patch_name('nova_snapshot_ext.images.rotation.delete_rotated',
+                        delete)
+        self.patch_name('nova_snapshot_ext.driver._glance',
+                        lambda context: 'proxy')
+        self.config(disks=disks, group='snapshot_ext')
+        self.api.image['properties'] = {'backup_type': 'daily'}
         self.instance.task_state = task_states.IMAGE_BACKUP
         self.snapshot()
+        return asked
+
+    fails = False
+
+    def test_backup_is_of_all_too(self) -> None:
+        self.assertEqual([('proxy', fakes.UUID, 'daily')], self.back_up())
         self.assertEqual(requests.Disks.ALL, self.taken[-1]['request'].disks)
+        self.assertEqual(
+            {'instance_uuid': fakes.UUID,
+             'snapshot_ext_backup_type': 'daily'},
+            self.taken[-1]['description'].further)
+        self.assertIn('Image image-9 is deleted', self.output.output)
+
+    def test_backup_does_not_fail_because_earlier_ones_stay(self) -> None:
+        self.fails = True
+        self.back_up()
+        self.assertIn('earlier backups may stay: 403', self.output.output)
+
+    def test_backup_of_the_root_disk_has_no_others(self) -> None:
+        self.assertEqual([], self.back_up('root'))
 
     def test_image_that_nova_deletes_when_it_is_used_has_no_others(
             self) -> None:
