@@ -118,14 +118,14 @@ Related options:
         help="""
 The disks that a snapshot is of.
 
-Each becomes an image of its own. Those of further disks belong to the project
-of the root disk's image, are private, and appear with it or not at all. Read-only
-disks such as a CD-ROM or a config drive are never included, and neither are
-volumes. Shelving and cross-cell resizes are of the root disk alone: Nova deletes
-their image when it is used.
+Each becomes an image of its own. Those of further disks belong to the
+project of the root disk's image, are private, and appear with it or not at
+all. Volumes, CD-ROMs and config drives are never included. Shelving and
+cross-cell resizes are of the root disk alone: Nova deletes their image when
+it is used.
 
-A tenant can ask for one or the other by the image property ``snapshot_disks``,
-which goes first.
+A tenant can ask for one or the other by the image property
+``snapshot_disks``, which goes first.
 
 Related options:
 
@@ -256,9 +256,9 @@ Related options:
 What becomes of an image that was being filled when nova-compute died.
 
 It concerns images that Glance still shows as ``queued`` or ``saving``. One
-that is active with a part of its bytes is deleted in any case, and one that is
-active and whole stays. Those of further disks (``disks``) stay if that of the
-root disk is whole, and are deleted otherwise.
+that is active with a part of its bytes is deleted in any case, and one that
+is active and whole stays. Those of further disks (``disks``) stay if that of
+the root disk is whole, and are deleted otherwise.
 
 Related options:
 
