@@ -613,8 +613,8 @@ class SnapshotLibvirtDriver(
                 f'image property {DISKS_PROPERTY}', asked,
                 f"only {requests.Disks.ROOT.value} can be served, by Nova's "
                 f'own snapshot: {why}')
-        return (f' (and it is of the root disk alone, whatever '
-                f'[snapshot_ext] disks says)')
+        return (' (and it is of the root disk alone, whatever '
+                '[snapshot_ext] disks says)')
 
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
