@@ -60,7 +60,6 @@ class AllDisksTestCase(base.CloudTestCase):
         flavor = self.compute.create_flavor(
             name=self.flavor, ram=256, vcpus=1, disk=1, ephemeral=1, swap=64)
         self.addCleanup(self.compute.delete_flavor, flavor)
-        self.admin = admin
         self.cloud = openstack.connect(
             cloud='small', username=name, password=name, project_name=name)
         self.compute = self.cloud.compute
@@ -74,8 +73,8 @@ class AllDisksTestCase(base.CloudTestCase):
     def own_images(self) -> list[ty.Any]:
         """All of the project, hidden ones too."""
         return [image for hidden in (False, True)
-                for image in self.admin.image.images(
-                    owner=self.project, is_hidden=hidden)]
+                for image in self.cloud.image.images(
+                    visibility='private', is_hidden=hidden)]
 
     def counting_server(self) -> ty.Any:
         server = self.server(flavor=self.flavor)
@@ -95,10 +94,10 @@ class AllDisksTestCase(base.CloudTestCase):
 
     def group(self, image: ty.Any) -> dict[str, ty.Any]:
         """The images of a snapshot as a tenant finds them, by device."""
-        found = list(self.cloud.image.images(
-            snapshot_ext_group=image.id))
-        return {each.properties['snapshot_ext_device']: each
-                for each in found}
+        found = self.cloud.image.get(
+            f'/images?snapshot_ext_group={image.id}').json()['images']
+        return {each['snapshot_ext_device']:
+                self.cloud.image.get_image(each['id']) for each in found}
 
     def assert_one_instant(self, server: ty.Any, image: ty.Any, before: int,
                            after: int, flow: str) -> None:
