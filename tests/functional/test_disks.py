@@ -36,6 +36,15 @@ ALL = requests.Disks.ALL
 
 class AllDisksTestCase(test_flows.SnapshotTestCase):
 
+    def filled_guest(self, *disks: guests.Disk) -> guests.Guest:
+        """A guest with 32 MiB in each disk, which take a while to be read."""
+        guest = self.guest(*disks, start=False)
+        for disk in guest.disks:
+            images.run('qemu-io', '-f', disk.format, '-c',
+                       'write -q -P 0x5a 1M 32M', disk.path)
+        guest.start()
+        return guest
+
     def take_all(self, guest: guests.Guest, flow: str, name: str,
                  transfer: str, **changes) -> snapshot.Result:
         """Take a snapshot of all disks, and see that it is one instant."""
@@ -122,9 +131,8 @@ class AllDisksTest(AllDisksTestCase):
         self.assert_whole(guest)
 
     def test_progress_goes_on_over_all(self):
-        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'),
-                           churn=True)
-        guest.wait_writes_on(20)
+        guest = self.filled_guest(
+            guests.Disk('overlay'), guests.Disk('qcow2'))
         told = []
         result = self.take_all(
             guest, 'backup', 'image', 'streamed',
@@ -145,9 +153,8 @@ class AllDisksTest(AllDisksTestCase):
         self.assert_whole(guest)
 
     def test_nothing_is_left_when_one_of_them_fails(self):
-        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'),
-                           churn=True)
-        guest.wait_writes_on(20)
+        guest = self.filled_guest(
+            guests.Disk('overlay'), guests.Disk('qcow2'))
         for transfer in ('staged', 'streamed'):
             for flow in ('backup', 'live', 'cold'):
                 parts = []
@@ -166,7 +173,8 @@ class AllDisksTest(AllDisksTestCase):
                 self.assert_whole(guest)
 
     def test_guest_that_ends_takes_all_of_them_with_it(self):
-        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        guest = self.filled_guest(
+            guests.Disk('overlay'), guests.Disk('qcow2'))
 
         def end(done, total):
             if done and len(list(self.images.glob('.*[0-9a-f]'))) == 2:
@@ -241,11 +249,10 @@ class CommandLineTest(AllDisksTestCase, test_cli.CommandTestCase):
         self.assertEqual([taken], list(self.images.iterdir()))
 
     def test_nothing_is_left_when_it_is_killed(self):
-        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'),
-                           churn=True)
-        guest.wait_writes_on(50)
+        guest = self.filled_guest(
+            guests.Disk('overlay'), guests.Disk('qcow2'))
         self.configuration.write_text(
-            f'{self.configuration.read_text()}bandwidth = 2\n')
+            f'{self.configuration.read_text()}bandwidth = 8\n')
         for what in (signal.SIGINT, signal.SIGKILL):
             with subprocess.Popen(
                     self.command('create', guest.name, '--to', self.images,
