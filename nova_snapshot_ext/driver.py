@@ -42,6 +42,7 @@ from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext.images import rotation
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
@@ -64,6 +65,8 @@ DOMAIN_FLOW = 'domain'
 REQUEST_PROPERTY = 'snapshot_flow'
 #: whether the flow ``domain`` keeps the memory
 MEMORY_PROPERTY = 'snapshot_memory'
+#: which disks it is of
+DISKS_PROPERTY = 'snapshot_disks'
 FLAVOR_SPEC = 'snapshot_ext:flow'
 # What somebody else has made of a guest that was up when we stopped it.
 _DOWN = (vm_states.STOPPED, vm_states.SUSPENDED, vm_states.SHELVED,
@@ -102,6 +105,9 @@ _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
+# What Nova's API writes on an image of a server, and on one of a backup.
+_OF_SERVER = 'instance_uuid'
+_BACKUP_TYPE = 'backup_type'
 _MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
@@ -413,6 +419,7 @@ class SnapshotLibvirtDriver(
                         self._snapshot(context, instance, image_id,
                                        update_task_state, record)
                     return
+                why += self._of_root_alone(context, instance, image_id, why)
             LOG.info("Nova's own snapshot serves: %s", why,
                      instance=instance)
             super().snapshot(context, instance, image_id, update_task_state)
@@ -604,6 +611,25 @@ class SnapshotLibvirtDriver(
             return 'its root disk is encrypted'
         return None
 
+    def _of_root_alone(self, context: nova_context.RequestContext,
+                       instance: objects.Instance, image_id: str,
+                       why: str) -> str:
+        """What to say of further disks where Nova serves.
+
+        :raises InvalidSetting: if the request is for them
+        """
+        image = self._image_api.get(context, image_id)
+        if _which_disks(instance, image) is requests.Disks.ROOT:
+            return ''
+        asked = image['properties'].get(DISKS_PROPERTY)
+        if asked is not None:
+            raise exception.InvalidSetting(
+                f'image property {DISKS_PROPERTY}', asked,
+                f"only {requests.Disks.ROOT.value} can be served, by Nova's "
+                f'own snapshot: {why}')
+        return (' (and it is of the root disk alone, whatever '
+                '[snapshot_ext] disks says)')
+
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
                   update_task_state: UpdateTaskState,
@@ -628,10 +654,11 @@ class SnapshotLibvirtDriver(
                 title=image['name'],
                 extra=self._for_rollback(instance, image_id, wished),
                 most=CONF.snapshot_ext.max_domain_snapshots,
-                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
+                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb),
+            which=_which_disks(instance, image))
         host = NovaHost(self, instance.uuid, instance, caller,
                         stopped=not kept)
-        service = _image_service(context, image_id, record.announce)
+        service = _image_service(context, image_id, record)
 
         def before_upload() -> None:
             update_task_state(
@@ -649,6 +676,9 @@ class SnapshotLibvirtDriver(
                 self._description(instance, image, request.image_format),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
+        if caller == task_states.IMAGE_BACKUP and (
+                request.disks is requests.Disks.ALL):
+            _delete_rotated(context, instance, image)
 
     def _for_rollback(self, instance: objects.Instance, image_id: str,
                       wished: selection.Wish) -> dict[str, typing.Any]:
@@ -698,12 +728,16 @@ class SnapshotLibvirtDriver(
                       if value not in (None, '')}
         removed = {name for name in image['properties']
                    if name.startswith(snapshot.PROPERTY)}
-        removed |= {name for name in (REQUEST_PROPERTY, MEMORY_PROPERTY)
+        removed |= {name for name in (REQUEST_PROPERTY, MEMORY_PROPERTY,
+                                      DISKS_PROPERTY)
                     if not _inherited_request(instance, image, name)}
         return images.Description(
             name=metadata['name'], disk_format=metadata['disk_format'],
             container_format=metadata['container_format'],
-            properties=properties, removed=frozenset(removed))
+            properties=properties, removed=frozenset(removed),
+            # What finds all images of a server finds these as well. They have
+            # nothing that is for booting.
+            further={_OF_SERVER: instance.uuid} | _of_backup(image))
 
 
 def _finish_now(path: str, find: undo.FindGuest, host: undo.HostFor,
@@ -762,6 +796,46 @@ def _with_memory(image: dict[str, typing.Any]) -> bool:
             'it must be true or false') from error
 
 
+def _of_backup(image: dict[str, typing.Any]) -> dict[str, str]:
+    """What the images of further disks say of a backup, if it is one."""
+    kind = image['properties'].get(_BACKUP_TYPE)
+    return {} if kind is None else {rotation.PROPERTY: kind}
+
+
+def _delete_rotated(context: nova_context.RequestContext,
+                    instance: objects.Instance,
+                    image: dict[str, typing.Any]) -> None:
+    """Delete what Nova has left of earlier backups: it deletes the images of
+    root disks, when this one is taken."""
+    for kind in _of_backup(image).values():
+        try:
+            for image_id in rotation.delete_rotated(
+                    _glance(context), instance.uuid, kind):
+                LOG.info('Image %s is deleted: Nova has deleted the backup '
+                         'that it was of', image_id, instance=instance)
+        except exception.SnapshotError as error:
+            LOG.warning('Images of further disks of earlier backups may '
+                        'stay: %s', error, instance=instance)
+
+
+def _which_disks(instance: objects.Instance,
+                 image: dict[str, typing.Any]) -> requests.Disks:
+    """:raises InvalidSetting: if the image says something else"""
+    if _disk_is_deleted(instance):
+        # Its image is for Nova, which deletes it when it is used, and knows
+        # of no other.
+        return requests.Disks.ROOT
+    asked = image['properties'].get(
+        DISKS_PROPERTY, CONF.snapshot_ext.disks)
+    try:
+        return requests.Disks(asked)
+    except ValueError as error:
+        raise exception.InvalidSetting(
+            f'image property {DISKS_PROPERTY}', asked,
+            f'it must be {" or ".join(each.value for each in requests.Disks)}'
+        ) from error
+
+
 def _inherited_request(instance: objects.Instance,
                        image: dict[str, typing.Any], name: str) -> bool:
     """Whether the instance's own image asks for the same.
@@ -800,12 +874,11 @@ def _in_flight(context: nova_context.RequestContext,
     """What the next nova-compute needs to know if this one dies."""
     return in_flight.Record.begin(state_directory(), in_flight.Snapshot(
         image_id, instance.uuid, context.project_id, context.user_id,
-        context.request_id, instance.task_state))
+        context.request_id, instance.task_state), reconcile.settle_later)
 
 
 def _image_service(context: nova_context.RequestContext, image_id: str,
-                   announce: collections.abc.Callable[[int], None],
-                   ) -> images.ImageService:
+                   record: in_flight.Record) -> images.ImageService:
     name = CONF.snapshot_ext.image_service
     service: images.ImageService = plugins.load(
         plugins.IMAGE_SERVICES, name, '[snapshot_ext] image_service')(
@@ -814,7 +887,9 @@ def _image_service(context: nova_context.RequestContext, image_id: str,
                 retries=CONF.glance.num_retries,
                 send_timeout=CONF.snapshot_ext.send_timeout,
                 answer_timeout=CONF.snapshot_ext.answer_timeout,
-                announce=announce,
+                announce=record.announce,
+                begin_further=record.begin_further,
+                end_further=record.end_further,
                 directory=CONF.snapshot_ext.image_directory,
                 directory_setting='[snapshot_ext] image_directory'))
     return service

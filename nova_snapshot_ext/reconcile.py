@@ -88,6 +88,15 @@ def after_death(directory: str, instances: typing.Any) -> None:
                          daemon=True).start()
 
 
+def settle_later(record: in_flight.Record) -> None:
+    """See to images of further disks of a snapshot that failed: those that
+    Glance did not delete when it was told to, and all where the snapshot
+    failed after they were whole.
+    """
+    threading.Thread(target=_settle_all, args=([record],),
+                     daemon=True).start()
+
+
 def _free(instance: objects.Instance | None,
           snapshot: in_flight.Snapshot) -> None:
     """Let a server be used again whose state Nova would keep for ever.
@@ -130,11 +139,7 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     :param waited: seconds since the first time
     """
     try:
-        outcome = dead.settle(
-            glance(), record.snapshot, record.announced,
-            _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
-            # A store may take it as long as that of a living one.
-            patient=waited < CONF.snapshot_ext.answer_timeout)
+        outcome = _settled(record, waited)
     except exception.ImageGone as error:
         if record.failure is not None:
             # Nova had been told to delete it.
@@ -161,10 +166,50 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     return True
 
 
+def _settled(record: in_flight.Record, waited: float) -> str:
+    """:returns: what became of the images
+
+    :raises ImageGone: if that of the root disk is not found; those of further
+        disks are seen to
+    :raises ImageServiceError: if Glance gives no clear answer
+    """
+    proxy = glance()
+    try:
+        outcome = dead.settle(
+            proxy, record.snapshot, record.announced,
+            _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
+            # A store may take it as long as that of a living one.
+            patient=waited < CONF.snapshot_ext.answer_timeout)
+    except exception.ImageGone:
+        # They would not be shown either if it were only not shown.
+        _settle_further(proxy, record)
+        raise
+    return '; '.join([outcome, *_settle_further(proxy, record)])
+
+
+def _settle_further(proxy: typing.Any,
+                    record: in_flight.Record) -> list[str]:
+    """:returns: what became of the images of further disks"""
+    outcomes = []
+    if record.further:
+        whole = dead.is_whole(proxy, record.snapshot, record.announced)
+        for image_id in list(record.further):
+            outcome = dead.settle_further(
+                proxy, record.snapshot, image_id, whole,
+                failed=record.failure is not None)
+            LOG.warning('%s; %s', _why(record), outcome,
+                        instance_uuid=record.snapshot.instance_uuid)
+            outcomes.append(outcome)
+            record.end_further(image_id)
+    return outcomes
+
+
 def _why(record: in_flight.Record) -> str:
     """Why there may be an image that nobody fills."""
     if record.failure is None:
         return _DIED
+    if not record.adopted:
+        return record.failure
     return f'{record.failure}; then nova-compute died'
 
 

@@ -28,6 +28,14 @@ class Quiesce(enum.Enum):
     REQUIRED = 'required'
 
 
+class Disks(enum.Enum):
+    """Which disks of a guest a snapshot is of."""
+
+    ROOT = 'root'
+    #: all that are the guest's own
+    ALL = 'all'
+
+
 #: called with the bytes done and the bytes expected, as often as one likes
 Progress = collections.abc.Callable[[int, int], None]
 
@@ -104,3 +112,6 @@ class Request:
     #: seconds that saving a guest's memory may take
     save_timeout: int = 3600
     domain: DomainSnapshot = DomainSnapshot()
+    disks: Disks = Disks.ROOT
+    #: what ties the images of all disks together, '' for a new id
+    group: str = ''

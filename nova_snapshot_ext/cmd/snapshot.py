@@ -36,6 +36,7 @@ from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import own_disks
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import recovery
 from nova_snapshot_ext import request as requests
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (create, flows):
         command.add_argument('domain', metavar='DOMAIN',
                              help='name or UUID')
+        command.add_argument(
+            '--disks', choices=[each.value for each in requests.Disks],
+            help='the root disk, or all that are not read-only and, where '
+                 'Nova owns the domain, no volumes, at one instant and each '
+                 'into an image of its own (default: [snapshot_ext] disks)')
         command.add_argument(
             '--staging', metavar='DIR',
             help='where image files may be written meanwhile (default: '
@@ -243,6 +249,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
             getattr(options, 'quiesce', requests.Quiesce.IF_POSSIBLE.value)),
         staging_setting='--staging',
         may_stop=options.force or not guest.belongs_to_nova(),
+        disks=requests.Disks(options.disks) if options.disks else None,
         domain=requests.DomainSnapshot(
             memory=not getattr(options, 'no_memory', False),
             external=getattr(options, 'external', False),
@@ -289,13 +296,14 @@ def _recover(options: argparse.Namespace, configuration: typing.Any) -> int:
 def _flows(options: argparse.Namespace, configuration: typing.Any,
            guest: guests.Guest) -> int:
     request = _request(options, configuration, guest)
-    disk = guest.root_disk()
+    disks = tuple(
+        each.disk for each in own_disks.chosen(guest, request.disks))
     found = {}
     for name in plugins.names(plugins.FLOWS):
         try:
             found[name] = plugins.load(
                 plugins.FLOWS, name, 'installed flow')().obstacle(
-                    guest, (disk,), request)
+                    guest, disks, request)
         except exception.UnsafeDisk as error:
             found[name] = str(error)
     if options.json:
@@ -341,6 +349,10 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
               f'flow {result.flow}, transfer {result.transfer}, '
               f'consistency {result.consistency.value}, guest paused '
               f'{result.guest_pause_s:.2f} s, {result.duration_s:.1f} s')
+        if len(result.images) > 1:
+            for image in result.images:
+                print(f'  {image.device}: {image.location}, {image.length} '
+                      f'bytes')
     return 0
 
 

@@ -29,6 +29,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from tests.unit import base
+from tests.unit import fakes
 from tests.unit import nova_config
 
 FAILURE = upgradecheck.Code.FAILURE
@@ -299,6 +300,26 @@ class TestGuests(ChecksTestCase):
         self.patch_name('nova_snapshot_ext.checks._flow_of',
                         lambda conf, guest: 'backup')
         self.assertResult(SUCCESS, '^backup would serve 3$', checks.guests)
+
+
+class TestFlowOf(ChecksTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.config(snapshots_directory=self.directory, group='libvirt')
+        self.config(state_directory=self.state, flows=['cold'],
+                    group='snapshot_ext')
+        self.domain.off()
+        self.domain.disks = fakes.disk_xml(
+            self.new_file('disk', bytes(4096))) + fakes.disk_xml(
+                'pool/image', target='vdb', kind='network')
+
+    def test_disks_that_would_be_asked_for_count(self) -> None:
+        self.assertEqual('cold', checks._flow_of(self.conf, self.guest))
+        self.config(disks='all', group='snapshot_ext')
+        self.assertRaisesRegex(
+            exception.NoFlowServes, 'vdb is a network disk',
+            checks._flow_of, self.conf, self.guest)
 
 
 class TestCommand(ChecksTestCase):

@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
@@ -251,7 +253,43 @@ class TestCreate(CommandTestCase):
             'domain': 'instance-00000001', 'flow': 'live',
             'transfer': 'staged', 'consistency': 'crash',
             'guest_pause_s': 0.25, 'length': 4096, 'duration_s': 1.5,
-            'location': '/i/a.qcow2'}, json.loads(self.out.getvalue()))
+            'location': '/i/a.qcow2', 'images': []},
+            json.loads(self.out.getvalue()))
+
+    def test_each_image_of_several_has_a_line(self) -> None:
+        global RESULT
+        self.addCleanup(globals().__setitem__, 'RESULT', RESULT)
+        RESULT = dataclasses.replace(RESULT, images=tuple(
+            snapshot.DiskImage(device, kind, 4096, 2048, f'/i/{device}')
+            for device, kind in (('vda', 'root'), ('vdb', 'swap'))))
+        self.create('--disks', 'all')
+        self.assertEqual(
+            ['  vda: /i/vda, 2048 bytes', '  vdb: /i/vdb, 2048 bytes'],
+            self.out.getvalue().splitlines()[1:])
+        self.create('--json')
+        self.assertEqual(
+            {'device': 'vdb', 'kind': 'swap', 'capacity': 4096,
+             'length': 2048, 'location': '/i/vdb'},
+            json.loads(self.out.getvalue())['images'][1])
+
+    def test_disks_are_those_of_the_wish_or_the_configuration(self) -> None:
+        path = self.new_file('all.conf', b'[snapshot_ext]\ndisks = all\n')
+        for arguments, disks in (
+                ((), requests.Disks.ROOT),
+                (('--disks', 'all'), requests.Disks.ALL)):
+            self.create(*arguments)
+            self.assertEqual(disks, self.taken[-1][3].disks)
+        self.run_command('--config-file', path, 'create', '--to',
+                         self.target, fakes.UUID)
+        self.assertEqual(requests.Disks.ALL, self.taken[-1][3].disks)
+
+    def test_flows_are_asked_for_the_wished_disks(self) -> None:
+        self.domain.disks += fakes.disk_xml(
+            'pool/image', target='vdb', kind='network')
+        self.run_command('flows', fakes.UUID)
+        self.assertIn('backup: can serve\n', self.out.getvalue())
+        self.run_command('flows', '--disks', 'all', fakes.UUID)
+        self.assertIn('backup: vdb is a network disk', self.out.getvalue())
 
     def test_options_are_passed_on(self) -> None:
         other = self.new_directory('other')

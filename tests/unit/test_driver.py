@@ -60,7 +60,7 @@ class FakeService(images.ImageService):
     def __init__(self) -> None:
         pass
 
-    def publish(self, *arguments: object) -> images.Published:
+    def publish(self, *arguments: object) -> list[images.Published]:
         raise AssertionError('take() is a double here')
 
 
@@ -119,7 +119,7 @@ class DriverTestCase(base.TestCase):
         self.events: list[str] = []
         self.patch_name('nova.compute.utils.EventReporter', self.event)
         self.patch_name('nova_snapshot_ext.driver._image_service',
-                        lambda context, image_id, announce: FakeService())
+                        lambda context, image_id, record: FakeService())
         self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.snapshot',
@@ -462,6 +462,140 @@ class TestChoice(DriverTestCase):
         self.assertRaisesRegex(
             nova_exception.NovaException, 'disable_libvirt_livesnapshot',
             self.snapshot)
+
+
+class TestDisks(DriverTestCase):
+
+    def disks(self, **properties: str) -> str:
+        self.instance.task_state = task_states.IMAGE_SNAPSHOT
+        self.api.image['properties'] = properties
+        self.snapshot()
+        request: requests.Request = self.taken[-1]['request']
+        return request.disks.value
+
+    def test_root_disk_is_the_default(self) -> None:
+        self.assertEqual('root', self.disks())
+
+    def test_configuration(self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.assertEqual('all', self.disks())
+
+    def test_request_goes_first(self) -> None:
+        self.assertEqual('all', self.disks(snapshot_disks='all'))
+        self.config(disks='all', group='snapshot_ext')
+        self.assertEqual('root', self.disks(snapshot_disks='root'))
+
+    def test_other_request_is_one_clear_error(self) -> None:
+        for asked in ('both', '', 'ALL'):
+            error = self.assertRaises(
+                nova_exception.NovaException, self.disks,
+                snapshot_disks=asked)
+            self.assertEqual(
+                f'image property snapshot_disks = {asked} is not valid: it '
+                f'must be root or all', str(error))
+        self.assertEqual([], self.states)
+
+    def test_image_of_the_root_disk_names_the_group(self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertEqual(uuids.image, self.taken[-1]['request'].group)
+
+    def test_request_is_for_one_snapshot(self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertIn('snapshot_disks', self.taken[-1]['description'].removed)
+        self.instance.system_metadata = {'image_snapshot_disks': 'all'}
+        self.disks(snapshot_disks='all')
+        self.assertNotIn('snapshot_disks',
+                         self.taken[-1]['description'].removed)
+
+    def test_further_images_are_found_by_the_server_and_not_for_booting(
+            self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertEqual({'instance_uuid': fakes.UUID},
+                         self.taken[-1]['description'].further)
+
+    def back_up(self, disks: str = 'all') -> list[tuple[object, ...]]:
+        """:returns: how what Nova has rotated out is asked for"""
+        asked: list[tuple[object, ...]] = []
+
+        def delete(*arguments: object) -> list[str]:
+            asked.append(arguments)
+            if self.fails:
+                raise exception.ImageRefused('403')
+            return ['image-9']
+        self.patch_name('nova_snapshot_ext.images.rotation.delete_rotated',
+                        delete)
+        self.patch_name('nova_snapshot_ext.driver._glance',
+                        lambda context: 'proxy')
+        self.config(disks=disks, group='snapshot_ext')
+        self.api.image['properties'] = {'backup_type': 'daily'}
+        self.instance.task_state = task_states.IMAGE_BACKUP
+        self.snapshot()
+        return asked
+
+    fails = False
+
+    def test_backup_is_of_all_too(self) -> None:
+        self.assertEqual([('proxy', fakes.UUID, 'daily')], self.back_up())
+        self.assertEqual(requests.Disks.ALL, self.taken[-1]['request'].disks)
+        self.assertEqual(
+            {'instance_uuid': fakes.UUID,
+             'snapshot_ext_backup_type': 'daily'},
+            self.taken[-1]['description'].further)
+        self.assertIn('Image image-9 is deleted', self.output.output)
+
+    def test_backup_does_not_fail_because_earlier_ones_stay(self) -> None:
+        self.fails = True
+        self.back_up()
+        self.assertIn('earlier backups may stay: 403', self.output.output)
+
+    def test_backup_of_the_root_disk_has_no_others(self) -> None:
+        self.assertEqual([], self.back_up('root'))
+
+    def test_image_that_nova_deletes_when_it_is_used_has_no_others(
+            self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.api.image['properties'] = {'snapshot_disks': 'all'}
+        for state in (task_states.SHELVING, task_states.RESIZE_MIGRATING):
+            self.instance.task_state = state
+            self.snapshot(lambda *arguments, **more: None)
+            self.assertEqual(requests.Disks.ROOT,
+                             self.taken[-1]['request'].disks)
+
+    def test_nova_serves_no_request_for_all(self) -> None:
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        self.api.image['properties'] = {'snapshot_disks': 'all'}
+        self.assertRaisesRegex(
+            nova_exception.NovaException,
+            "snapshot_disks = all is not valid: only root can be served, by "
+            "Nova's own snapshot: its root disk is a network disk",
+            self.snapshot)
+        self.assertNotIn('nova', self.events)
+
+    def test_nova_serves_where_the_configuration_says_all(self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        self.snapshot()
+        self.assertIn('nova', self.events)
+        self.assertIn('it is of the root disk alone', self.output.output)
+
+    def test_what_is_left_is_seen_to_while_we_live(self) -> None:
+        def service(context: object, image_id: str,
+                    record: in_flight.Record) -> FakeService:
+            record.begin_further('image-2')
+            self.addCleanup(record.close)
+            return FakeService()
+        self.patch_name('nova_snapshot_ext.driver._image_service', service)
+        left: list[in_flight.Record] = []
+        self.patch_name('nova_snapshot_ext.reconcile.settle_later',
+                        left.append)
+        self.patch_name('threading.Timer.start',
+                        lambda timer: timer.function())
+        self.snapshot()
+        self.assertEqual([], left)
+        self.instance.task_state = task_states.IMAGE_SNAPSHOT
+        self.error = exception.UndoFailed('it is kept')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        self.assertEqual([['image-2']], [each.further for each in left])
 
 
 class TestRequest(DriverTestCase):

@@ -58,6 +58,13 @@ class ReconcileTestCase(base.TestCase):
         self.patch_name('nova_snapshot_ext.images.dead.settle', self.settle)
         self.patch_name('nova_snapshot_ext.reconcile.glance',
                         lambda: 'proxy')
+        self.whole = False
+        self.patch_name('nova_snapshot_ext.images.dead.is_whole',
+                        lambda proxy, snapshot, announced: self.whole)
+        self.further: list[tuple[str, bool, bool]] = []
+        self.further_errors: list[Exception] = []
+        self.patch_name('nova_snapshot_ext.images.dead.settle_further',
+                        self.settle_further)
         self.now = 0.0
         self.patch_name('time.monotonic', lambda: self.now)
         self.waits: list[float] = []
@@ -87,12 +94,23 @@ class ReconcileTestCase(base.TestCase):
             raise answer
         return answer
 
+    def settle_further(
+            self, proxy: object, snapshot: in_flight.Snapshot,
+            image_id: str, whole: bool, failed: bool) -> str:
+        if self.further_errors:
+            raise self.further_errors.pop(0)
+        self.further.append((image_id, whole, failed))
+        return f'{image_id} is settled'
+
     def leave(self, task_state: str | None = None, *lengths: int,
-              failure: str | None = None) -> in_flight.Record:
+              failure: str | None = None,
+              further: tuple[str, ...] = ()) -> in_flight.Record:
         record = in_flight.Record.begin(self.state, in_flight.Snapshot(
             'image-1', fakes.UUID, 'project', 'user', 'req-1', task_state))
         for length in lengths:
             record.announce(length)
+        for image_id in further:
+            record.begin_further(image_id)
         if failure is not None:
             error = exception.SnapshotError(failure)
             with fixtures.MonkeyPatch('threading.Timer.start',
@@ -261,6 +279,71 @@ class TestImage(ReconcileTestCase):
         self.assertEqual(1, len(self.settled))
         self.assertTrue(os.path.exists(path))
         self.assertIn(f'{path} says which snapshot', self.output.output)
+
+
+class TestFurther(ReconcileTestCase):
+    """Images of further disks: as that of the root disk goes, so do they."""
+
+    def test_they_are_settled_after_it(self) -> None:
+        for whole in (False, True):
+            self.whole = whole
+            self.further.clear()
+            self.leave('image_snapshot', 10, further=('image-2', 'image-3'))
+            self.after_death(self.instance)
+            self.assertEqual([('image-2', whole, False),
+                              ('image-3', whole, False)], self.further)
+            self.assertIn('image-1 is deleted; image-2 is settled; image-3 '
+                          'is settled', self.told[-1])
+            self.assertEqual([], os.listdir(self.state))
+
+    def test_they_wait_for_a_clear_answer_about_it(self) -> None:
+        self.answers = [exception.ImageServiceError('saving'), 'is active']
+        self.patch_name('time.sleep', lambda seconds: self.assertEqual(
+            [], self.further))
+        self.leave(further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, False)], self.further)
+
+    def test_they_do_not_wait_for_one_that_is_gone(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        self.patch_name('time.sleep', self.wait_once)
+        self.leave(further=('image-2',))
+        self.after_death()
+
+    def wait_once(self, seconds: float) -> None:
+        self.assertEqual([('image-2', False, False)], self.further)
+        self.wait(24 * 3600)
+
+    def test_they_go_with_one_that_nova_deleted(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        self.leave(failure='no socket', further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, True)], self.further)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_each_is_settled_once(self) -> None:
+        self.further_errors = [exception.ImageRefused('403')]
+        self.leave(failure='no socket', further=('image-2', 'image-3'))
+        self.after_death()
+        self.assertEqual(['image-2', 'image-3'],
+                         [image_id for image_id, *_ in self.further])
+        self.assertEqual([5.0], self.waits)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_what_a_living_process_left_is_settled_too(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        record = in_flight.Record.begin(self.state, in_flight.Snapshot(
+            'image-1', fakes.UUID, 'project', 'user', 'req-1', None),
+            reconcile.settle_later)
+        record.begin_further('image-2')
+        with fixtures.MonkeyPatch('threading.Timer.start',
+                                  lambda timer: timer.function()):
+            error = exception.SnapshotError('no socket')
+            record.__exit__(type(error), error, None)
+        self.assertEqual([('image-2', False, True)], self.further)
+        self.assertIn('no socket; image-2 is settled', self.output.output)
+        self.assertNotIn('died', self.output.output)
+        self.assertEqual([], os.listdir(self.state))
 
 
 class TestEvents(ReconcileTestCase):
