@@ -60,6 +60,11 @@ _CALLED: dict[str, tuple[int, tuple[str, ...]]] = {
     'nova.compute.utils:EventReporter': (4, ()),
     'nova.image.glance:API.get': (3, ()),
     'nova.image.glance:get_api_servers': (1, ()),
+    'nova.notifications.objects.base:EventType': (
+        0, ('object', 'action', 'phase')),
+    'nova.notifications.objects.base:NotificationBase.emit': (2, ()),
+    'nova.notifications.objects.base:NotificationPublisher': (
+        0, ('host', 'source')),
     'nova.objects:Instance.get_by_uuid': (3, ('expected_attrs',)),
     'nova.objects:RequestSpec.get_by_instance_uuid': (3, ()),
     'nova.service_auth:get_service_user_token_auth_plugin': (1, ()),
@@ -68,6 +73,9 @@ _CALLED: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 _READ = (
     'nova.compute.utils:disk_ops_semaphore',
+    'nova.notifications.objects.base:NotificationPayloadBase',
+    'nova.objects.base:NovaObjectRegistry.register_notification',
+    'nova.objects.fields:NotificationAction.SNAPSHOT',
     'nova.privsep:sys_admin_pctxt',
     'nova.utils:SM_IMAGE_PROP_PREFIX',
     'nova.virt.libvirt.guest:Guest',

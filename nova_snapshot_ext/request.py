@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import typing
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import cancellation as cancellations
 
 
@@ -102,3 +103,6 @@ class Request:
     #: seconds that saving a guest's memory may take
     save_timeout: int = 3600
     domain: DomainSnapshot = DomainSnapshot()
+    #: what is done is put down here
+    account: accounts.Account = dataclasses.field(
+        default_factory=accounts.Account)

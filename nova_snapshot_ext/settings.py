@@ -57,11 +57,13 @@ def request(group: typing.Any, staging: str, state: str,
 
 def server_request(
         conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
-        may_stop: bool, domain: requests.DomainSnapshot) -> requests.Request:
+        may_stop: bool, domain: requests.DomainSnapshot,
+        **others: typing.Any) -> requests.Request:
     """What a snapshot of a server of Nova's is asked to be.
 
     :param conf: Nova's configuration, with our options
     :param disk: the root disk
+    :param others: fields of the request
     """
     disabled = {}
     if conf.workarounds.disable_libvirt_livesnapshot:
@@ -77,4 +79,5 @@ def server_request(
         staging_setting='[libvirt] snapshots_directory',
         may_stop=may_stop,
         disabled_flows=disabled,
-        domain=domain)
+        domain=domain,
+        **others)

@@ -220,14 +220,6 @@ def take(
         flow, transfer, frozen.consistency,
         frozen.pause.seconds, published.length, time.monotonic() - began,
         published.location)
-    LOG.info(
-        'Snapshot of %(guest)s: flow %(flow)s, transfer %(transfer)s, '
-        'consistency %(consistency)s, guest paused %(pause).2f s, '
-        '%(length)d bytes in %(duration).1f s, published as %(location)s',
-        {'guest': guest.name, 'flow': flow, 'transfer': result.transfer,
-         'consistency': result.consistency.value,
-         'pause': result.guest_pause_s, 'length': result.length,
-         'duration': result.duration_s, 'location': result.location})
     return result
 
 
@@ -269,25 +261,48 @@ class _Taking:
         """:param failure: of the flow that was tried before"""
         with contextlib.ExitStack() as stack:
             release = stack.enter_context(contextlib.ExitStack())
-            frozen = self._freeze(candidates, release, failure)
+            account = self.request.account
+            frozen = account.timed('freeze', self._freeze)(
+                candidates, release, failure)
+            self._note(frozen, release)
             chosen = self.planned.transfers[0]
+            account.transfer = chosen.name
             with self._named_loss(frozen):
                 self.request.cancellation.check()
-                image = stack.enter_context(chosen.transfer.image(
+                making = account.timed('transfer', stack.enter_context)
+                image = making(chosen.transfer.image(
                     frozen.disks[0], dataclasses.replace(
                         self.request, progress=self._making(
                             chosen.transfer)), self.log))
                 if image.independent:
-                    release.close()
+                    account.staged_bytes = image.length
+                    account.timed('release', release.close)()
                 self._announce_upload()
-                published = self.service.publish(
+                published = account.timed('publish', self.service.publish)(
                     image, dataclasses.replace(
                         self.description,
                         properties=self.description.properties
                         | Result.properties(self.flow, chosen.name, frozen)),
                     self.verify_hash, self._sending(image), self.log)
         frozen.keep(published.location)
+        account.image = published.location
+        account.image_bytes = published.length
         return self.flow, chosen.name, frozen, published
+
+    def _note(self, frozen: frozen_.Frozen,
+              release: contextlib.ExitStack) -> None:
+        """Put down what only the frozen disk knows, until it is thawed.
+
+        :param release: thaws the disk
+        """
+        account = self.request.account
+        account.consistency = frozen.consistency.value
+        account.guest_pause_s = lambda: frozen.pause.seconds
+
+        def note_scratch() -> None:
+            with contextlib.suppress(OSError):
+                account.scratch_bytes = frozen.scratch_bytes()
+        release.callback(note_scratch)
 
     def _announce_upload(self) -> None:
         """Once, whatever is begun anew."""
@@ -301,6 +316,7 @@ class _Taking:
 
         def making(done: int, total: int) -> None:
             tell(done, min(total, self.planned.image_bytes))
+            self.request.account.staged_bytes = done
         return making
 
     def _sending(self, image: image_bytes.ImageBytes) -> requests.Progress:
@@ -308,6 +324,7 @@ class _Taking:
             _SENT_THEN if image.independent else _SENT)
 
         def sending(done: int, total: int) -> None:
+            self.request.account.sent(done, total)
             self.request.cancellation.check()
             tell(done, total)
         return sending
@@ -329,6 +346,7 @@ class _Taking:
                     LOG.warning('%s can not serve %s either: %s',
                                 candidate.name, self.guest.name, why)
                     continue
+            self.request.account.flow = candidate.name
             try:
                 frozen = release.enter_context(candidate.flow.freeze(
                     self.guest, disks, self.request, self.log))

@@ -30,6 +30,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import tqdm
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import conf as confs
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
@@ -313,15 +314,17 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         request = dataclasses.replace(
             _request(options, configuration, guest), progress=progress)
         host = recovery.host_for(guest, options.force)
-        planned = snapshot.plan(
-            guest, host, wished, configuration.transfers, request)
-        result = snapshot.take(
-            guest, host, planned, request, service,
-            images.Description(
-                name=request.domain.title,
-                disk_format=options.format, container_format='bare',
-                properties={}),
-            verify_hash=options.verify_hash)
+        with accounts.told(request.account) as account:
+            account.instance = guest.uuid
+            planned = account.timed('plan', snapshot.plan)(
+                guest, host, wished, configuration.transfers, request)
+            result = snapshot.take(
+                guest, host, planned, request, service,
+                images.Description(
+                    name=request.domain.title,
+                    disk_format=options.format, container_format='bare',
+                    properties={}),
+                verify_hash=options.verify_hash)
     if options.json:
         print(json.dumps({
             'domain': guest.name, **dataclasses.asdict(result),

@@ -54,16 +54,19 @@ class StreamedImage(image_bytes.ImageBytes):
     independent = False
 
     def __init__(self, arguments: collections.abc.Sequence[str],
-                 rest: float, progress: requests.Progress) -> None:
+                 rest: float, progress: requests.Progress,
+                 tell_read: collections.abc.Callable[[int], None]) -> None:
         """:param arguments: what starts a mover
 
         :param rest: part of the time in which it leaves the disk alone, see
             :meth:`rest`
         :param progress: told how far the disk was looked through
+        :param tell_read: told how many bytes more were read of the disk
         """
         self._arguments = list(arguments)
         self._rest = rest
         self._progress = progress
+        self._tell_read = tell_read
         self._waiting: mover_stream.MoverStream | None = None
         self._last: mover_stream.MoverStream | None = None
         self._algorithm: str | None = None
@@ -119,7 +122,8 @@ class StreamedImage(image_bytes.ImageBytes):
     def _start(self, discard: bool = False) -> mover_stream.MoverStream:
         self.close()
         self._last = mover_stream.MoverStream(
-            [*self._arguments, f'--rest={self._rest}'], discard)
+            [*self._arguments, f'--rest={self._rest}'], discard,
+            self._tell_read)
         return self._last
 
 
@@ -161,7 +165,7 @@ class StreamedTransfer(base.Transfer):
                 functools.partial(end_mover, log.surroundings, token)))
             image = stack.enter_context(contextlib.closing(StreamedImage(
                 mover_stream.command(request.mover_python, *arguments),
-                share, request.progress)))
+                share, request.progress, request.account.read)))
             if guest is not None:
                 stack.enter_context(
                     pace.kept(guest, disk.target, share, image.rest))

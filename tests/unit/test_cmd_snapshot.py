@@ -18,6 +18,7 @@ import typing
 import fixtures
 import libvirt
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext.cmd import snapshot as cmd
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
@@ -244,6 +245,15 @@ class TestCreate(CommandTestCase):
             'consistency crash, guest paused 0.25 s, 1.5 s\n',
             self.out.getvalue())
         self.assertEqual('', self.err.getvalue())
+
+    def test_log_has_the_line_of_what_was_done(self) -> None:
+        self.create()
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        values = accounts.parsed(line)
+        self.assertEqual(('ok', fakes.UUID, '-'), (
+            values['outcome'], values['instance'], values['request']))
+        self.assertNotEqual('-', values['plan_s'])
 
     def test_result_is_one_json_document(self) -> None:
         self.create('--json')
