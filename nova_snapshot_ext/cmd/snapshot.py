@@ -17,6 +17,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import datetime
+from importlib import metadata
 import json
 import os
 import sys
@@ -71,10 +72,20 @@ exit codes:
 _PLAIN_LINE_S = 10.0
 
 
+def _version() -> str:
+    """As pbr told it from git when the package was built."""
+    try:
+        return metadata.version('nova-snapshot-ext')
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='nova-snapshot', description=_DESCRIPTION, epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action='version',
+                        version=f'%(prog)s {_version()}')
     parser.add_argument(
         '--connect', metavar='URI', default='qemu:///system',
         help="libvirt's URI (default: %(default)s)")

@@ -10,10 +10,12 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+from importlib import metadata
 import io
 import json
 import os
 import typing
+from unittest import mock
 
 import fixtures
 import libvirt
@@ -428,6 +430,17 @@ class TestExitCodes(CommandTestCase):
             error = self.assertRaises(
                 SystemExit, self.run_command, *arguments)
             self.assertEqual(cmd.USAGE, error.code)
+
+    def test_version_is_that_of_the_package(self) -> None:
+        for version, expected in (
+                ('1.2.3', 'nova-snapshot 1.2.3\n'),
+                (metadata.PackageNotFoundError(),
+                 'nova-snapshot not installed\n')):
+            with mock.patch('importlib.metadata.version', autospec=True,
+                            side_effect=[version]):
+                error = self.assertRaises(
+                    SystemExit, self.run_command, '--version')
+            self.assertEqual((0, expected), (error.code, self.out.getvalue()))
 
     def test_no_such_domain(self) -> None:
         self.domain.connection.domains = ()
