@@ -17,7 +17,10 @@ import collections.abc
 import functools
 import importlib.util
 import os
+import pathlib
 import re
+import sys
+import types
 
 import nova_snapshot_ext
 from nova_snapshot_ext import snapshot
@@ -45,6 +48,18 @@ THEIRS = {
 def read(*path: str) -> str:
     with open(os.path.join(DOC, *path)) as file:
         return file.read()
+
+
+def load(path: str) -> types.ModuleType:
+    """Import a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(
+        os.path.basename(path).removesuffix('.py'), path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look for the module of a class there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def modules() -> collections.abc.Iterator[str]:
@@ -142,6 +157,42 @@ class TestFaq(base.TestCase):
         self.assertGreater(len(obstacles), 15)
         self.assertEqual([], [
             each for each in obstacles if not is_said(each, ours())])
+
+
+class TestImports(base.TestCase):
+    """The picture of the architecture."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.graph = load(os.path.join(DOC, os.pardir, 'import_graph.py'))
+        self.found = self.graph.imports(pathlib.Path(PACKAGE))
+
+    def test_each_module_is_in_the_picture(self) -> None:
+        picture = self.graph.svg(self.found)
+        for path in modules():
+            name = path.removesuffix('.py').replace('/', '.')
+            self.assertIn(f'>{name}</text>', picture)
+
+    def test_import_that_goes_up_makes_no_picture(self) -> None:
+        for module, other in (('undo', 'driver'), ('flows.cold', 'snapshot'),
+                              ('flows.cold', 'transfers.base'),
+                              ('transfers.staged', 'images.base')):
+            changed = self.found | {module: self.found[module] | {other}}
+            self.assertRaisesRegex(
+                ValueError, f'{module} imports {other}', self.graph.arrows,
+                changed)
+
+    def test_module_without_a_room_makes_no_picture(self) -> None:
+        self.assertRaisesRegex(
+            ValueError, 'new_one belongs into one room', self.graph.arrows,
+            self.found | {'new_one': set()})
+
+    def test_what_follows_from_other_arrows_is_left_out(self) -> None:
+        lead = {room.title: {target.title for target in targets}
+                for room, targets in self.graph.arrows(self.found).items()}
+        self.assertIn('Recipes', lead['Nova comes in here'])
+        self.assertNotIn('What all know', lead['Nova comes in here'])
+        self.assertEqual(set(), lead['What all know'])
 
 
 class TestArchitecture(base.TestCase):
