@@ -51,6 +51,7 @@ NAMES = (
     'reason')
 
 Value = str | int | float | None
+Errors = tuple[type[BaseException], ...]
 
 _P = typing.ParamSpec('_P')
 _R = typing.TypeVar('_R')
@@ -81,8 +82,10 @@ class Account:
     sent_bytes: int | None = None
     #: into the staging directory
     staged_bytes: int | None = None
-    #: seconds that the guest stood still, or could not write
-    guest_pause_s: collections.abc.Callable[[], float | None] = lambda: None
+    #: each says, when it is asked, for how many seconds the guest stood still,
+    #: or could not write
+    pauses: list[collections.abc.Callable[[], float]] = dataclasses.field(
+        default_factory=list)
     #: what the flow put on the host's disk for the disk to stay frozen
     scratch_bytes: int | None = None
     outcome: str = OK
@@ -144,11 +147,16 @@ class Account:
         self.sent_bytes = (self.sent_bytes or 0) + done - self._sending
         self._sending = done
 
-    def fail(self, error: BaseException) -> None:
-        """It ends by an error, which may be ours as Nova knows it."""
+    def fail(self, error: BaseException, unwanted: Errors = ()) -> None:
+        """It ends by an error, which may be ours as Nova knows it.
+
+        :param unwanted: kinds of errors, beside ours, that say that nobody
+            wants it any more
+        """
         if isinstance(error.__cause__, exception.SnapshotError):
             error = error.__cause__
-        self.outcome = CANCELLED if isinstance(error, _UNWANTED) else FAILED
+        self.outcome = CANCELLED if isinstance(
+            error, (*_UNWANTED, *unwanted)) else FAILED
         self.error = type(error).__name__
         self.reason = exception.shown(error) or None
 
@@ -165,7 +173,6 @@ class Account:
             # What comes after all else, and what was let go before it.
             seconds['release'] = (
                 self._spent('release') + now - self._phase_ended)
-        pause_s = self.guest_pause_s()
         sending_s = seconds['publish']
         found: dict[str, Value] = {
             name: getattr(self, name) for name in NAMES
@@ -173,8 +180,8 @@ class Account:
         found |= {f'{phase}_s': _rounded(spent)
                   for phase, spent in seconds.items()}
         found |= {
-            'guest_pause_ms': None if pause_s is None else round(
-                pause_s * 1000),
+            'guest_pause_ms': round(1000 * sum(
+                pause() for pause in self.pauses)) if self.pauses else None,
             'read_mib_s': _rate(self.read_bytes, sending_s),
             'sent_mib_s': _rate(self.sent_bytes, sending_s),
             'total_s': _rounded(now - self._began) if self.ours else None}
@@ -213,15 +220,16 @@ def _tell_nobody(account: Account) -> None:
 @contextlib.contextmanager
 def told(account: Account,
          tell: collections.abc.Callable[[Account], object] = _tell_nobody,
-         ) -> collections.abc.Iterator[Account]:
+         unwanted: Errors = ()) -> collections.abc.Iterator[Account]:
     """Say at the end of the scope, whatever the end, what was done.
 
     :param tell: is given the account too; what it raises changes nothing
+    :param unwanted: see :meth:`Account.fail`
     """
     try:
         yield account
     except BaseException as error:
-        account.fail(error)
+        account.fail(error, unwanted)
         raise
     finally:
         say(account, tell)

@@ -105,6 +105,11 @@ _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 
+# What Nova raises where a server or an image is gone, or going.
+_UNWANTED = (nova_exception.InstanceNotFound,
+             nova_exception.InstanceNotRunning, nova_exception.ImageNotFound,
+             nova_exception.UnexpectedDeletingTaskStateError)
+
 _MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
@@ -396,7 +401,8 @@ class SnapshotLibvirtDriver(
         account = accounts.Account(
             instance.uuid, image_id, context.request_id)
         with _reported(context, instance), accounts.told(
-                account, functools.partial(notification.send, context)):
+                account, functools.partial(notification.send, context),
+                _UNWANTED):
             with _translated(instance, image_id):
                 why = self._why_nova_serves(instance)
                 if why is None:

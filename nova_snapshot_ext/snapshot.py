@@ -297,7 +297,7 @@ class _Taking:
         """
         account = self.request.account
         account.consistency = frozen.consistency.value
-        account.guest_pause_s = lambda: frozen.pause.seconds
+        account.pauses.append(lambda: frozen.pause.seconds)
 
         def note_scratch() -> None:
             with contextlib.suppress(OSError):

@@ -117,8 +117,8 @@ class TestValues(AccountTestCase):
             self.assertIsNone(values[name], name)
 
     def test_pause_is_asked_for_at_the_end(self) -> None:
-        self.account.guest_pause_s = lambda: 0.0126
-        self.assertEqual(13, self.values()['guest_pause_ms'])
+        self.account.pauses = [lambda: 0.0126, lambda: 0.1]
+        self.assertEqual(113, self.values()['guest_pause_ms'])
 
     def test_times_of_a_dead_process_are_not_known(self) -> None:
         dead = accounts.Account('uuid', ours=False)
@@ -169,7 +169,10 @@ class TestEnd(AccountTestCase):
             line['outcome'], line['error'], line['reason']))
         self.account = accounts.Account()
         self.account.fail(ValueError('theirs'))
-        self.assertEqual('theirs', self.account.reason)
+        self.assertEqual(('failed', 'theirs'), (
+            self.account.outcome, self.account.reason))
+        self.account.fail(ValueError('theirs'), (ValueError,))
+        self.assertEqual('cancelled', self.account.outcome)
 
     def test_line_stays_one_line(self) -> None:
         self.account.flow = 'a b="c"\nd'

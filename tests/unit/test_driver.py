@@ -426,6 +426,14 @@ class TestAccount(DriverTestCase):
         self.assertRaises(nova_exception.ImageNotFound, self.snapshot)
         self.assertEqual('cancelled', self.line()['outcome'])
 
+    def test_server_that_is_deleted_before_bytes_are_sent(self) -> None:
+        def update(task_state: str, **more: object) -> None:
+            raise nova_exception.UnexpectedDeletingTaskStateError(
+                instance_uuid=fakes.UUID, expected={}, actual={})
+        self.assertRaises(nova_exception.UnexpectedDeletingTaskStateError,
+                          self.snapshot, update)
+        self.assertEqual('cancelled', self.line()['outcome'])
+
     def test_refusal_before_anything_is_done(self) -> None:
         self.domain.off()
         self.config(flows=['live'], group='snapshot_ext')

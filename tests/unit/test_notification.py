@@ -88,7 +88,7 @@ class TestNotification(base.TestCase):
         self.account.flow = 'backup'
         self.account.transfer = 'streamed'
         self.account.consistency = 'filesystem'
-        self.account.guest_pause_s = lambda: 0.031
+        self.account.pauses.append(lambda: 0.031)
         self.account.read(209780736)
         self.account.sent(209781760, 209781760)
         self.account.scratch_bytes = 4521984
