@@ -34,6 +34,7 @@ from oslo_log import log as logging
 import oslo_messaging
 from oslo_utils import strutils
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import checks
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import domain_records
@@ -45,6 +46,7 @@ from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import rotation
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import nova_compat
+from nova_snapshot_ext import notification
 from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
@@ -108,6 +110,11 @@ _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
 # What Nova's API writes on an image of a server, and on one of a backup.
 _OF_SERVER = 'instance_uuid'
 _BACKUP_TYPE = 'backup_type'
+# What Nova raises where a server or an image is gone, or going.
+_UNWANTED = (nova_exception.InstanceNotFound,
+             nova_exception.InstanceNotRunning, nova_exception.ImageNotFound,
+             nova_exception.UnexpectedDeletingTaskStateError)
+
 _MOVES = 'its server moves to another host'
 
 UpdateTaskState = collections.abc.Callable[..., None]
@@ -411,17 +418,22 @@ class SnapshotLibvirtDriver(
             state was reset meanwhile
         :raises nova.exception.NovaException: if no snapshot was taken
         """
-        with _reported(context, instance):
+        account = accounts.Account(
+            instance.uuid, image_id, context.request_id)
+        with _reported(context, instance), accounts.told(
+                account, functools.partial(notification.send, context),
+                _UNWANTED):
             with _translated(instance, image_id):
                 why = self._why_nova_serves(instance)
                 if why is None:
                     with _in_flight(context, instance, image_id) as record:
                         self._snapshot(context, instance, image_id,
-                                       update_task_state, record)
+                                       update_task_state, record, account)
                     return
                 why += self._of_root_alone(context, instance, image_id, why)
             LOG.info("Nova's own snapshot serves: %s", why,
                      instance=instance)
+            account.flow = accounts.NOVA
             super().snapshot(context, instance, image_id, update_task_state)
 
     def rebuild(
@@ -633,7 +645,8 @@ class SnapshotLibvirtDriver(
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
                   update_task_state: UpdateTaskState,
-                  record: in_flight.Record) -> None:
+                  record: in_flight.Record,
+                  account: accounts.Account) -> None:
         guest = self._our_guest(instance)
         image = self._image_api.get(context, image_id)
         wished = selection.wish(
@@ -655,7 +668,7 @@ class SnapshotLibvirtDriver(
                 extra=self._for_rollback(instance, image_id, wished),
                 most=CONF.snapshot_ext.max_domain_snapshots,
                 most_gb=CONF.snapshot_ext.max_domain_snapshots_gb),
-            which=_which_disks(instance, image))
+            which=_which_disks(instance, image), account=account)
         host = NovaHost(self, instance.uuid, instance, caller,
                         stopped=not kept)
         service = _image_service(context, image_id, record)
@@ -666,8 +679,8 @@ class SnapshotLibvirtDriver(
                 expected_state=task_states.IMAGE_PENDING_UPLOAD)
 
         # Its turn first: what was planned before may not hold after a wait.
-        with compute_utils.disk_ops_semaphore:
-            planned = snapshot.plan(
+        with account.waited(compute_utils.disk_ops_semaphore):
+            planned = account.timed('plan', snapshot.plan)(
                 guest, host, wished, CONF.snapshot_ext.transfers, request)
             verify_hash = _must_verify_hash(instance)
             update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)

@@ -18,13 +18,15 @@ to standard error, each line a JSON object:
 ``{"looked": N, "of": N}``
     at which byte of the disk zeroes are looked for, every second while that
     goes on; at byte 0, when its server is asked where there is data
-``{"length": N}``
-    the image's exact length in bytes, before its first one
+``{"length": N, "read": N}``
+    the image's exact length in bytes, before its first one, and how many
+    bytes of the disk were read to know it
 ``{"moved": N}``
     how much of it was written, every second, where ``--tell`` asks for that:
     to somebody who does not read the image
-``{"written": N, "digest": "..."}``
-    at the end, after the last byte; the digest if one was asked for
+``{"written": N, "digest": "...", "read": N}``
+    at the end, after the last byte; the digest if one was asked for, and how
+    many bytes of the disk were read in all
 ``{"error": "..."}``
     why there is no (more of the) image
 
@@ -183,7 +185,7 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
             export, clusters, tempo, options.in_flight,
             lambda offset: say(looked=offset, of=export.size)).run()
     image = FORMATS[options.format](clusters)
-    say(length=image.length)
+    say(length=image.length, read=tempo.total)
     output.hash_by(begin())
     data: Data = export.read(pieces(clusters), options.in_flight, tempo)
     if options.tell:
@@ -193,7 +195,7 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     if output.written != image.length:
         raise nbd.NbdError(
             f'{output.written} bytes of {image.length} were written')
-    say(written=output.written, digest=output.digest)
+    say(written=output.written, digest=output.digest, read=tempo.total)
 
 
 def _now_and_then(tell: collections.abc.Callable[[], None],

@@ -64,9 +64,17 @@ _CALLED: dict[str, tuple[int, tuple[str, ...]]] = {
     'nova.image.glance:get_api_servers': (1, ()),
     'nova.objects.instance:Instance.get_by_uuid': (3, ('expected_attrs',)),
     'nova.objects.request_spec:RequestSpec.get_by_instance_uuid': (3, ()),
+    'nova.notifications.objects.base:EventType': (
+        0, ('object', 'action', 'phase')),
+    'nova.notifications.objects.base:NotificationBase.emit': (2, ()),
+    'nova.notifications.objects.base:NotificationPublisher': (
+        0, ('host', 'source')),
 }
 _READ = (
     'nova.compute.utils:disk_ops_semaphore',
+    'nova.notifications.objects.base:NotificationPayloadBase',
+    'nova.objects.base:NovaObjectRegistry.register_notification',
+    'nova.objects.fields:NotificationAction.SNAPSHOT',
     'nova.privsep:sys_admin_pctxt',
     'nova.utils:SM_IMAGE_PROP_PREFIX',
     'nova.virt.libvirt.guest:Guest',

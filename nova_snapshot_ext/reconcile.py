@@ -18,6 +18,7 @@ one thread, again and again while there is no clear answer, for a day; then the
 next start of nova-compute goes on with it.
 """
 
+import functools
 import threading
 import time
 import typing
@@ -31,16 +32,20 @@ from nova import exception as nova_exception
 from nova import objects
 from oslo_log import log as logging
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import dead
 from nova_snapshot_ext import in_flight
 from nova_snapshot_ext import nova_compat
+from nova_snapshot_ext import notification
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
 #: the event of a server's action that says how its snapshot ended
 EVENT = 'snapshot_ext_snapshot'
+#: in place of an error's name, where there was nobody left to fail
+DIED = 'ComputeDied'
 
 _RETRY_S = 5.0
 _LONGEST_RETRY_S = 600.0
@@ -122,6 +127,13 @@ def _settle_all(records: list[in_flight.Record]) -> None:
     for record in records:
         if record.failure is None:
             _tell(record.snapshot, _why(record))
+            # What failed has had its line.
+            accounts.say(accounts.Account(
+                record.snapshot.instance_uuid, record.snapshot.image_id,
+                record.snapshot.request_id, outcome=accounts.FAILED,
+                error=DIED, reason=_DIED, ours=False),
+                functools.partial(
+                    notification.send, _context_of(record.snapshot)))
     begun = time.monotonic()
     wait_s = _RETRY_S
     while records:
@@ -224,9 +236,7 @@ def _is_said(record: in_flight.Record, waited: float,
 
 def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
     """Say in the server's events, under its request, how it ended."""
-    context = nova_context.RequestContext(
-        user_id=snapshot.user_id, project_id=snapshot.project_id,
-        is_admin=True, request_id=snapshot.request_id)
+    context = _context_of(snapshot)
     try:
         objects.InstanceActionEvent.event_finish_with_failure(
             context, snapshot.instance_uuid, EVENT, exc_val=what,
@@ -238,6 +248,14 @@ def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
     except Exception as error:
         LOG.warning('The events of server %s do not say how its snapshot '
                     'ended: %s', snapshot.instance_uuid, error)
+
+
+def _context_of(
+        snapshot: in_flight.Snapshot) -> nova_context.RequestContext:
+    """The request that it was taken for, with rights of our own."""
+    return nova_context.RequestContext(
+        user_id=snapshot.user_id, project_id=snapshot.project_id,
+        is_admin=True, request_id=snapshot.request_id)
 
 
 def glance() -> typing.Any:

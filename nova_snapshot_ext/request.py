@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import typing
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import cancellation as cancellations
 
 
@@ -115,3 +116,6 @@ class Request:
     disks: Disks = Disks.ROOT
     #: what ties the images of all disks together, '' for a new id
     group: str = ''
+    #: what is done is put down here
+    account: accounts.Account = dataclasses.field(
+        default_factory=accounts.Account)

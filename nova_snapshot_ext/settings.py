@@ -61,12 +61,14 @@ def request(group: typing.Any, staging: str, state: str, /,
 def server_request(
         conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
         may_stop: bool, domain: requests.DomainSnapshot,
-        which: requests.Disks | None = None) -> requests.Request:
+        which: requests.Disks | None = None,
+        **others: typing.Any) -> requests.Request:
     """What a snapshot of a server of Nova's is asked to be.
 
     :param conf: Nova's configuration, with our options
     :param disk: the root disk
     :param which: disks it is of; None for what the configuration says
+    :param others: fields of the request
     """
     disabled = {}
     if conf.workarounds.disable_libvirt_livesnapshot:
@@ -84,4 +86,5 @@ def server_request(
         disabled_flows=disabled,
         domain=domain,
         disks=which,
-        group=domain.image_id)
+        group=domain.image_id,
+        **others)

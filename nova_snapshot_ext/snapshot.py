@@ -282,17 +282,6 @@ def take(
         flow, transfer, frozen.consistency, frozen.pause.seconds,
         sum(image.length for image in made), time.monotonic() - began,
         made[0].location, made)
-    LOG.info(
-        'Snapshot of %(guest)s: flow %(flow)s, transfer %(transfer)s, '
-        'consistency %(consistency)s, guest paused %(pause).2f s, '
-        '%(disks)s, %(length)d bytes in %(duration).1f s, '
-        'published as %(locations)s',
-        {'guest': guest.name, 'flow': flow, 'transfer': result.transfer,
-         'consistency': result.consistency.value,
-         'pause': result.guest_pause_s, 'length': result.length,
-         'disks': '1 disk' if len(made) == 1 else f'{len(made)} disks',
-         'duration': result.duration_s,
-         'locations': ', '.join(image.location for image in made)})
     return result
 
 
@@ -359,18 +348,41 @@ class _Taking:
         """:param failure: of the flow that was tried before"""
         with contextlib.ExitStack() as stack:
             release = stack.enter_context(contextlib.ExitStack())
-            frozen = self._freeze(candidates, release, failure)
+            account = self.request.account
+            account.disks = len(self.planned.disks)
+            frozen = account.timed('freeze', self._freeze)(
+                candidates, release, failure)
+            self._note(frozen, release)
             chosen = self.planned.transfers[0]
+            account.transfer = chosen.name
             with self._named_loss(frozen):
                 self.request.cancellation.check()
-                new = self._new_images(chosen, frozen, stack)
+                new = account.timed('transfer', self._new_images)(
+                    chosen, frozen, stack)
                 if chosen.transfer.independent:
-                    release.close()
+                    account.timed('release', release.close)()
                 self._announce_upload()
-                *further, root = self.service.publish(
+                *further, root = account.timed(
+                    'publish', self.service.publish)(
                     new, self.verify_hash, self.log)
         frozen.keep(root.location)
+        account.image = root.location
         return self.flow, chosen.name, frozen, [root, *further]
+
+    def _note(self, frozen: frozen_.Frozen,
+              release: contextlib.ExitStack) -> None:
+        """Put down what only the frozen disk knows, until it is thawed.
+
+        :param release: thaws the disk
+        """
+        account = self.request.account
+        account.consistency = frozen.consistency.value
+        account.pauses.append(lambda: frozen.pause.seconds)
+
+        def note_scratch() -> None:
+            with contextlib.suppress(OSError):
+                account.scratch_bytes = frozen.scratch_bytes()
+        release.callback(note_scratch)
 
     def _announce_upload(self) -> None:
         """Once, whatever is begun anew."""
@@ -392,6 +404,7 @@ class _Taking:
         making, sending = self._progress(transfer)
         by_target = {disk.target: disk for disk in frozen.disks}
         numbers = [*range(1, len(self.planned.disks)), 0]
+        staged_bytes = 0
         new: list[images.NewImage] = []
         for number in numbers:
             disk, description = (
@@ -400,13 +413,17 @@ class _Taking:
                 by_target[disk.disk.target], dataclasses.replace(
                     self.request, progress=making.part(number)), self.log)
             if transfer.independent or not new:
-                made = contextlib.nullcontext(stack.enter_context(made))
+                image = stack.enter_context(made)
+                if transfer.independent:
+                    staged_bytes += image.length
+                    self.request.account.staged_bytes = staged_bytes
+                made = contextlib.nullcontext(image)
             new.append(images.NewImage(
                 dataclasses.replace(
                     description, properties=description.properties
                     | Result.properties(self.flow, chosen.name, frozen,
                                         root=not number)),
-                made, self._cancellable(sending.part(number))))
+                made, self._cancellable(number, sending.part(number))))
         return new
 
     def _progress(self, transfer: transfers.Transfer,
@@ -422,11 +439,14 @@ class _Taking:
 
         def making(done: int, total: int) -> None:
             tell(done, min(total, self.planned.image_bytes))
+            self.request.account.staged_bytes = done
         return (progress.Together(making, most),
                 progress.Together(self.meter.phase(_SENT_THEN), most))
 
-    def _cancellable(self, tell: requests.Progress) -> requests.Progress:
+    def _cancellable(self, number: int,
+                     tell: requests.Progress) -> requests.Progress:
         def sending(done: int, total: int) -> None:
+            self.request.account.sent(number, done, total)
             self.request.cancellation.check()
             tell(done, total)
         return sending
@@ -448,6 +468,7 @@ class _Taking:
                     LOG.warning('%s can not serve %s either: %s',
                                 candidate.name, self.guest.name, why)
                     continue
+            self.request.account.flow = candidate.name
             try:
                 frozen = release.enter_context(candidate.flow.freeze(
                     self.guest, disks, self.request, self.log))

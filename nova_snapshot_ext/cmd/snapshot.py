@@ -17,6 +17,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import datetime
+from importlib import metadata
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import tqdm
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import conf as confs
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
@@ -72,10 +74,20 @@ exit codes:
 _PLAIN_LINE_S = 10.0
 
 
+def _version() -> str:
+    """As pbr told it from git when the package was built."""
+    try:
+        return metadata.version('nova-snapshot-ext')
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='nova-snapshot', description=_DESCRIPTION, epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action='version',
+                        version=f'%(prog)s {_version()}')
     parser.add_argument(
         '--connect', metavar='URI', default='qemu:///system',
         help="libvirt's URI (default: %(default)s)")
@@ -331,15 +343,17 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         request = dataclasses.replace(
             _request(options, configuration, guest), progress=progress)
         host = recovery.host_for(guest, options.force)
-        planned = snapshot.plan(
-            guest, host, wished, configuration.transfers, request)
-        result = snapshot.take(
-            guest, host, planned, request, service,
-            images.Description(
-                name=request.domain.title,
-                disk_format=options.format, container_format='bare',
-                properties={}),
-            verify_hash=options.verify_hash)
+        with accounts.told(request.account) as account:
+            account.instance = guest.uuid
+            planned = account.timed('plan', snapshot.plan)(
+                guest, host, wished, configuration.transfers, request)
+            result = snapshot.take(
+                guest, host, planned, request, service,
+                images.Description(
+                    name=request.domain.title,
+                    disk_format=options.format, container_format='bare',
+                    properties={}),
+                verify_hash=options.verify_hash)
     if options.json:
         print(json.dumps({
             'domain': guest.name, **dataclasses.asdict(result),

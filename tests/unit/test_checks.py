@@ -374,3 +374,14 @@ class TestCommand(ChecksTestCase):
                 contextlib.redirect_stderr(errors):
             self.assertEqual(255, status.main(['upgrade', 'check']))
         self.assertIn('Nova is not installed', errors.getvalue())
+
+
+class TestHelp(base.TestCase):
+
+    def test_help_takes_no_nova(self) -> None:
+        said = io.StringIO()
+        with mock.patch.dict('sys.modules', {'nova': None}), \
+                contextlib.redirect_stdout(said):
+            ended = self.assertRaises(SystemExit, status.main, ['--help'])
+        self.assertEqual(0, ended.code)
+        self.assertIn('upgrade', said.getvalue())

@@ -11,14 +11,17 @@
 # under the License.
 
 import dataclasses
+from importlib import metadata
 import io
 import json
 import os
 import typing
+from unittest import mock
 
 import fixtures
 import libvirt
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext.cmd import snapshot as cmd
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
@@ -246,6 +249,15 @@ class TestCreate(CommandTestCase):
             'consistency crash, guest paused 0.25 s, 1.5 s\n',
             self.out.getvalue())
         self.assertEqual('', self.err.getvalue())
+
+    def test_log_has_the_line_of_what_was_done(self) -> None:
+        self.create()
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        values = accounts.parsed(line)
+        self.assertEqual(('ok', fakes.UUID, '-'), (
+            values['outcome'], values['instance'], values['request']))
+        self.assertNotEqual('-', values['plan_s'])
 
     def test_result_is_one_json_document(self) -> None:
         self.create('--json')
@@ -482,6 +494,17 @@ class TestExitCodes(CommandTestCase):
             error = self.assertRaises(
                 SystemExit, self.run_command, *arguments)
             self.assertEqual(cmd.USAGE, error.code)
+
+    def test_version_is_that_of_the_package(self) -> None:
+        for version, expected in (
+                ('1.2.3', 'nova-snapshot 1.2.3\n'),
+                (metadata.PackageNotFoundError(),
+                 'nova-snapshot not installed\n')):
+            with mock.patch('importlib.metadata.version', autospec=True,
+                            side_effect=[version]):
+                error = self.assertRaises(
+                    SystemExit, self.run_command, '--version')
+            self.assertEqual((0, expected), (error.code, self.out.getvalue()))
 
     def test_no_such_domain(self) -> None:
         self.domain.connection.domains = ()

@@ -31,6 +31,7 @@ from oslo_config import fixture as config_fixture
 import oslo_messaging
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
@@ -126,6 +127,8 @@ class DriverTestCase(base.TestCase):
             lambda *arguments: self.events.append('nova'))
         self.patch_name('nova_snapshot_ext.mover_stream.why_not',
                         lambda python: None)
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: None)
         # It would wait for Nova, which is not here.
         self.patch_name('threading.Timer.start', lambda timer: None)
         self.taken: list[dict[str, typing.Any]] = []
@@ -318,7 +321,10 @@ class TestErrors(DriverTestCase):
     def test_error_is_logged_once(self) -> None:
         self.assertTranslated(exception.FreezeFailed('no socket'),
                               nova_exception.NovaException)
-        self.assertEqual(1, self.output.output.count('no socket'))
+        self.assertEqual(1, self.output.output.count(
+            'No snapshot was taken: no socket'))
+        self.assertEqual(1, self.output.output.count('reason="no socket"'))
+        self.assertEqual(2, self.output.output.count('no socket'))
 
     def test_error_is_in_the_servers_events(self) -> None:
         self.assertTranslated(exception.FreezeFailed('no socket'),
@@ -369,6 +375,78 @@ class TestErrors(DriverTestCase):
             nova_exception.NovaException, self.snapshot)
         self.assertIn('live: the guest is shut off', str(error))
         self.assertNotIn('nova', self.events)
+
+
+class TestAccount(DriverTestCase):
+    """The line and the notification at the end, whatever the end."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.context = nova_context.RequestContext(
+            'u', 'p', request_id='req-5ee7e4f9')
+        self.sent: list[tuple[object, accounts.Account]] = []
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: self.sent.append(what))
+
+    def line(self) -> dict[str, str]:
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        self.output.reset_output()
+        [(context, account)] = self.sent
+        self.assertIs(self.context, context)
+        self.assertEqual(account.line(), line)
+        self.sent.clear()
+        found = accounts.parsed(line)
+        self.assertEqual(
+            (fakes.UUID, uuids.image, 'req-5ee7e4f9'),
+            (found['instance'], found['image'], found['request']))
+        return found
+
+    def test_success(self) -> None:
+        self.snapshot()
+        line = self.line()
+        self.assertEqual('ok', line['outcome'])
+        for phase in ('wait', 'plan', 'release', 'total'):
+            self.assertNotEqual('-', line[f'{phase}_s'])
+
+    def test_recipe_puts_down_into_the_same_account(self) -> None:
+        self.snapshot()
+        [(_, account)] = self.sent
+        self.assertIs(account, self.taken[0]['request'].account)
+
+    def test_failure(self) -> None:
+        self.error = exception.FreezeFailed('no socket')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        line = self.line()
+        self.assertEqual(('failed', 'FreezeFailed', 'no socket'), (
+            line['outcome'], line['error'], line['reason']))
+
+    def test_cancellation(self) -> None:
+        self.error = exception.ImageGone('Image x was deleted')
+        self.assertRaises(nova_exception.ImageNotFound, self.snapshot)
+        self.assertEqual('cancelled', self.line()['outcome'])
+
+    def test_server_that_is_deleted_before_bytes_are_sent(self) -> None:
+        def update(task_state: str, **more: object) -> None:
+            raise nova_exception.UnexpectedDeletingTaskStateError(
+                instance_uuid=fakes.UUID, expected={}, actual={})
+        self.assertRaises(nova_exception.UnexpectedDeletingTaskStateError,
+                          self.snapshot, update)
+        self.assertEqual('cancelled', self.line()['outcome'])
+
+    def test_refusal_before_anything_is_done(self) -> None:
+        self.domain.off()
+        self.config(flows=['live'], group='snapshot_ext')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        line = self.line()
+        self.assertEqual(('failed', 'NoFlowServes', '-'), (
+            line['outcome'], line['error'], line['flow']))
+
+    def test_novas_own_snapshot(self) -> None:
+        self.config(virt_type='lxc', group='libvirt')
+        self.snapshot()
+        line = self.line()
+        self.assertEqual(('ok', 'nova'), (line['outcome'], line['flow']))
 
 
 class TestNovaServes(DriverTestCase):

@@ -23,6 +23,7 @@ from nova import exception as nova_exception
 from nova import objects
 from oslo_config import cfg
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import in_flight
@@ -65,6 +66,8 @@ class ReconcileTestCase(base.TestCase):
         self.further_errors: list[Exception] = []
         self.patch_name('nova_snapshot_ext.images.dead.settle_further',
                         self.settle_further)
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: None)
         self.now = 0.0
         self.patch_name('time.monotonic', lambda: self.now)
         self.waits: list[float] = []
@@ -358,6 +361,31 @@ class TestEvents(ReconcileTestCase):
                 ('req-1', 'project', 'user', True),
                 (context.request_id, context.project_id, context.user_id,
                  context.is_admin))
+
+    def test_line_and_notification_say_so_once(self) -> None:
+        sent: list[tuple[nova_context.RequestContext, accounts.Account]] = []
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: sent.append(what))
+        self.answers = [exception.ImageRefused('503'), 'is deleted']
+        self.leave()
+        self.after_death()
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        values = accounts.parsed(line)
+        self.assertEqual(
+            ('failed', fakes.UUID, 'image-1', 'req-1', 'ComputeDied',
+             'nova-compute died while the snapshot was taken', '-'),
+            tuple(values[name] for name in (
+                'outcome', 'instance', 'image', 'request', 'error',
+                'reason', 'total_s')))
+        [(context, account)] = sent
+        self.assertEqual('req-1', context.request_id)
+        self.assertEqual(line, account.line())
+
+    def test_snapshot_that_had_failed_has_had_its_line(self) -> None:
+        self.leave('image_snapshot', failure='no socket')
+        self.after_death(self.instance)
+        self.assertNotIn('Snapshot ended: ', self.output.output)
 
     def test_it_is_said_before_glance_answers(self) -> None:
         self.answers = [exception.ImageRefused('503'), 'is deleted']

@@ -18,6 +18,7 @@ import typing
 
 import fixtures
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base as flows
@@ -59,6 +60,7 @@ class DemoFlow(flows.Flow):
         self.bytes = 0
         self.by_guest = True
         self.properties: dict[str, str] = {}
+        self.scratch: int | Exception = 777
 
     def obstacle(self, guest: object, disks: object,
                  request: object) -> str | None:
@@ -86,8 +88,15 @@ class DemoFlow(flows.Flow):
                 frozen.Consistency.FILESYSTEM, pause,
                 why_lost=lambda: self.lost, by_guest=self.by_guest,
                 properties=self.properties,
+                scratch_bytes=self.held,
                 keep=lambda location: journal.append(f'keep {location}'))
         journal.append(f'released {self.name}')
+
+    def held(self) -> int:
+        journal.append('scratch')
+        if isinstance(self.scratch, Exception):
+            raise self.scratch
+        return self.scratch
 
 
 class DemoBytes(image_bytes.ImageBytes):
@@ -214,6 +223,7 @@ class SnapshotTestCase(base.TestCase):
         self.service = DemoService()
         self.transfer = DemoTransfer()
         self.cancellation = cancellations.Cancellation()
+        self.account = accounts.Account()
 
 
 class TakeTestCase(SnapshotTestCase):
@@ -236,6 +246,7 @@ class TakeTestCase(SnapshotTestCase):
         return snapshot.take(
             self.guest, self.host, planned,
             self.request(on_scratch_full=on_scratch_full,
+                         account=self.account,
                          cancellation=self.cancellation, disks=self.disks,
                          progress=self.progress, group=self.group),
             self.service,
@@ -257,7 +268,7 @@ class TestTake(TakeTestCase):
     def test_recipe(self) -> None:
         result = self.take(before_upload=lambda: journal.append('upload'))
         self.assertEqual(
-            ['guard', 'freeze demo', 'transfer vda', 'undo demo',
+            ['guard', 'freeze demo', 'transfer vda', 'scratch', 'undo demo',
              'released demo', 'upload', 'publish', 'remove image',
              'keep somewhere',
              'guard ends'], journal)
@@ -423,14 +434,44 @@ class TestTake(TakeTestCase):
         self.assertRaises(exception.GuestBusy, self.take)
         self.assertEqual([], journal.of('freeze'))
 
-    def test_one_line_says_what_was_done(self) -> None:
+    def values(self, *names: str) -> tuple[accounts.Value, ...]:
+        values = self.account.values()
+        return tuple(values[name] for name in names)
+
+    def test_what_was_done_is_put_down(self) -> None:
         self.take()
-        [line] = [line for line in self.output.output.splitlines()
-                  if line.startswith('Snapshot of')]
-        for word in ('instance-00000001', 'flow demo',
-                     'transfer demo-transfer', 'consistency filesystem',
-                     'guest paused', '1 disk, 5 bytes', 'somewhere'):
-            self.assertIn(word, line)
+        self.assertEqual(
+            ('ok', 'demo', 'demo-transfer', 'filesystem', 'somewhere', 5, 5,
+             5, 777),
+            self.values('outcome', 'flow', 'transfer', 'consistency',
+                        'image', 'image_bytes', 'sent_bytes',
+                        'staged_bytes', 'scratch_bytes'))
+        for name in ('freeze_s', 'transfer_s', 'publish_s', 'release_s',
+                     'guest_pause_ms'):
+            self.assertNotEqual((None,), self.values(name), name)
+
+    def test_what_was_done_is_put_down_whatever_fails(self) -> None:
+        self.transfer.tells = 400
+        self.service.error = exception.ImageRefused('413')
+        self.assertRaises(exception.ImageRefused, self.take)
+        self.assertEqual(
+            ('demo', 'demo-transfer', 5, None, 777),
+            self.values('flow', 'transfer', 'staged_bytes', 'sent_bytes',
+                        'scratch_bytes'))
+        self.account = accounts.Account()
+        self.assertRaises(exception.FreezeFailed, self.take, DemoFlow(
+            'one', exception.FreezeFailed('no socket')))
+        self.assertEqual(
+            ('one', None, None, None),
+            self.values('flow', 'transfer', 'consistency', 'scratch_bytes'))
+
+    def test_scratch_is_looked_at_while_the_disk_is_frozen(self) -> None:
+        flow = DemoFlow()
+        self.take(flow)
+        self.assertLess(journal.index('scratch'),
+                        journal.index('released demo'))
+        flow.scratch = OSError('gone')
+        self.take(flow)
 
     # Progress
 
