@@ -41,15 +41,19 @@ ROWS: tuple[tuple[Room, ...], ...] = (
     (Room('Nova comes in here', (
         'driver', 'rebuilding', 'reconcile', 'upkeep', 'checks',
         'cmd.status', 'privileged', 'notification', 'nova_interface',
-        'config_source', 'extra_specs')),
+        'nova_compat', 'config_source', 'extra_specs')),
      Room('The command line', ('cmd.snapshot', 'recovery'))),
     (Room('Recipes', (
-        'snapshot', 'rollback', 'selection', 'attendant', 'progress')),),
-    (Room('Flows', ('flows.',)), Room('Transfers', ('transfers.',)),
+        'snapshot', 'own_disks', 'rollback', 'selection', 'attendant',
+        'progress')),),
+    (Room('Flows', (
+        'flows.', 'external_snapshot', 'external_rollback',
+        'rollback_obstacles')), Room('Transfers', ('transfers.',)),
      Room('Image services', ('images.',))),
     (Room('How disks are frozen', (
         'backup_job', 'scratch', 'power', 'internal_snapshot',
-        'domain_snapshot', 'domain_records', 'disk_source', 'borrowed',
+        'domain_snapshot', 'domain_records', 'external_files',
+        'external_merge', 'disk_source', 'borrowed',
         'quiesce', 'qemu_nbd')),
      Room('How images are made', ('pace', 'mover_stream', 'digest'))),
     (Room('The guest, and the way back', (

@@ -39,6 +39,8 @@ LEAST = 12
 THEIRS = {
     "could not load configuration from 'snapshot_ext'. …": 'oslo_config.cfg',
     'Unable to load the virtualization driver': 'nova.virt.driver',
+    'Guest agent is not responding: Guest agent disappeared while executing '
+    'command': None,
     'I/O error, dev vda, sector N op 0x1:(WRITE)': None,
     'nbd-server-start: Failed to bind socket to PATH: Permission denied':
         None,
@@ -245,10 +247,11 @@ def _properties_in(node: ast.AST) -> collections.abc.Iterator[str]:
                 ast.FormattedValue(value=ast.Name(id='PROPERTY')),
                 ast.Constant(value=str(name))]):
             yield f'{snapshot.PROPERTY}{name}'
-        # PROPERTY = 'snapshot_ext_failure'
-        case ast.Assign(targets=[ast.Name(id='PROPERTY')],
+        # PROPERTY = 'snapshot_ext_failure', GROUP = 'snapshot_ext_group'
+        case ast.Assign(targets=[ast.Name()],
                         value=ast.Constant(value=str(name))):
-            if name != snapshot.PROPERTY:
+            if (name.startswith(snapshot.PROPERTY)
+                    and name != snapshot.PROPERTY):
                 yield name
         # what a flow says, without the prefix
         case ast.FunctionDef(name='properties'):

@@ -35,8 +35,10 @@ def environments() -> set[str]:
     """Those of tox.ini."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(read('tox.ini'))
-    return {section.removeprefix('testenv:') for section in parser.sections()
-            if section.startswith('testenv:')}
+    return {name for section in parser.sections()
+            if section.startswith('testenv:')
+            for name in section.removeprefix('testenv:').strip(
+                '{}').split(',')}
 
 
 def by_default() -> list[str]:
@@ -86,5 +88,9 @@ class TestEnvironments(base.TestCase):
             yield from given.get('environments', '').split()
 
     def test_guide_has_each_environment(self) -> None:
-        self.assertEqual(environments(), set(re.findall(
-            r'^   \* - ``tox -e ([\w-]+)', read('CONTRIBUTING.rst'), re.M)))
+        # Another release of Nova has the same environments.
+        self.assertEqual(
+            {re.sub(r'nova\d+$', 'nova33', name) for name in environments()},
+            {name for row in re.findall(
+                r'^   \* - (``tox -e .*``)$', read('CONTRIBUTING.rst'), re.M)
+             for name in re.findall(r'tox -e ([\w-]+)', row)})

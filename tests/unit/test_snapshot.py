@@ -793,11 +793,15 @@ class TestSeveralDisks(TakeTestCase):
             self.assertIn((0, 5 + 2 * 12345), told)
             self.assertEqual((15, 15), told[-1])
 
-    def test_line_says_how_many(self) -> None:
-        self.take()
-        self.assertIn('3 disks, 15 bytes', self.output.output)
-        self.assertIn('published as somewhere, somewhere-vdb, somewhere-vdc',
-                      self.output.output)
+    def test_account_is_of_all(self) -> None:
+        result = self.take()
+        self.assertEqual(
+            (3, 15, 15, 15, 'somewhere'),
+            self.values('disks', 'image_bytes', 'sent_bytes', 'staged_bytes',
+                        'image'))
+        self.assertEqual(
+            ['somewhere', 'somewhere-vdb', 'somewhere-vdc'],
+            [image.location for image in result.images])
 
     def test_nothing_is_left_when_one_of_them_fails(self) -> None:
         for independent in (True, False):
