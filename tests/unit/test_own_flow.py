@@ -33,6 +33,8 @@ class TestOwnFlow(base.TestCase):
         self.patch_name('sys.path', [
             os.path.join(self.directory, 'site-packages'), *sys.path])
         self.addCleanup(sys.modules.pop, 'off_flow', None)
+        # stevedore keeps what it has found, for as long as a process lives.
+        self.patch_name('stevedore.ExtensionManager.ENTRY_POINT_CACHE', {})
         self.path = self.new_file('disk', b'\0' * 4096)
         self.domain.disks = fakes.disk_xml(self.path)
         self.nbd = doubles.QemuNbd(self.journal)
