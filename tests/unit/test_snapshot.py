@@ -254,6 +254,10 @@ class TakeTestCase(SnapshotTestCase):
                                further={'of_server': '7'}),
             **changes)
 
+    def values(self, *names: str) -> tuple[accounts.Value, ...]:
+        values = self.account.values()
+        return tuple(values[name] for name in names)
+
     def logs(self) -> list[str]:
         return os.listdir(self.state)
 
@@ -433,10 +437,6 @@ class TestTake(TakeTestCase):
         self.new_log()
         self.assertRaises(exception.GuestBusy, self.take)
         self.assertEqual([], journal.of('freeze'))
-
-    def values(self, *names: str) -> tuple[accounts.Value, ...]:
-        values = self.account.values()
-        return tuple(values[name] for name in names)
 
     def test_what_was_done_is_put_down(self) -> None:
         self.take()
