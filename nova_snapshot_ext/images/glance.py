@@ -170,6 +170,7 @@ class GlanceService(base.ImageService):
         added.append(image_id)
         document = {
             **new.description.properties,
+            base.OWN_ID: image_id,
             'id': image_id,
             'name': new.description.name,
             'disk_format': new.description.disk_format,
