@@ -137,8 +137,9 @@ class GlanceService(base.ImageService):
             for image_id in added:
                 self._show(image_id)
         except BaseException:
-            # It may be active by now, and Nova deletes no active image.
-            if sent and root_id is not None:
+            # It may be active by now, and Nova deletes no active image. If
+            # it is not, it may be wanted again.
+            if sent and root_id is not None and not self._waits(root_id):
                 self._delete(root_id)
             for image_id in added:
                 if self._delete(image_id):
@@ -196,6 +197,15 @@ class GlanceService(base.ImageService):
                     self._change(image_id, [{
                         'op': 'replace', 'path': '/os_hidden',
                         'value': False}])
+
+    def _waits(self, image_id: str) -> bool:
+        """Whether an image surely waits for its bytes."""
+        try:
+            with translated(f'image {image_id}'):
+                return bool(
+                    self._get(image_id, **_SHORTLY)['status'] == 'queued')
+        except exception.ImageServiceError:
+            return False
 
     def _publish_root(self, new: base.NewImage, verify_hash: bool,
                       sent: list[int]) -> base.Published:

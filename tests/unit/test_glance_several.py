@@ -113,6 +113,13 @@ class TestAll(SeveralTestCase):
         self.assertEqual([False, False],
                          [image['os_hidden'] for image in self.further])
 
+    def test_each_further_one_names_itself(self) -> None:
+        self.take()
+        self.assertEqual([image['id'] for image in self.further],
+                         [image['snapshot_ext_image']
+                          for image in self.further])
+        self.assertNotIn('snapshot_ext_image', self.stored)
+
     def test_lengths_are_announced_of_the_root_disk_alone(self) -> None:
         self.take()
         self.assertEqual([LENGTH], self.announced)
@@ -243,3 +250,30 @@ class TestNone(SeveralTestCase):
             self.log)
         self.assertEqual(['active'],
                          [image['status'] for image in self.further])
+
+    def thaw(self, status: str) -> None:
+        """Lose the root disk when its bytes are under way."""
+        def sending() -> None:
+            if self.announced:
+                self.stored['status'] = status
+                raise exception.DiskThawed('1 byte is free')
+        self.sending[2] = sending
+
+    def test_root_disks_may_be_tried_again_when_its_bytes_broke_off(
+            self) -> None:
+        self.thaw('queued')
+        self.fails(exception.DiskThawed)
+        self.assertNoneIsLeft()
+        self.assertEqual('queued', self.stored['status'])
+        self.sending = [lambda: None] * 3
+        self.service.publish(
+            [self.new_of(0, 'snap-vdb'), self.new_of(2, 'snap')], False,
+            self.log)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_root_disks_that_may_become_whole_goes(self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.images.glance._CUT_OFF_TIMEOUT_S', 0)
+        self.thaw('saving')
+        self.fails(exception.DiskThawed)
+        self.assertEqual({}, self.server.images)
