@@ -155,7 +155,7 @@ class TakeTest(AllDisksTestCase):
             self.assertNotIn('snapshot_disks', image.properties)
             self.assert_one_instant(server, image, before, after, flow)
             self.assertEqual('ACTIVE', self.status(server))
-        self.assertIn('3 disks', self.compute_log())
+        self.assertIn(' disks=3 ', self.compute_log())
         # Nova boots from that of the root disk; what a server of it inherits
         # is not taken for the next snapshot's own.
         second = self.server(image.id)
