@@ -47,6 +47,9 @@ _SAVING_TIMEOUT_S = 60.0
 _CUT_OFF_TIMEOUT_S = 10.0
 #: for a question whose answer decides nothing but what is left behind
 _SHORTLY: dict[str, typing.Any] = {'timeout': 10}
+#: for deleting what is asked for once more if it stays: the disks are frozen
+#: meanwhile
+_TIDY: dict[str, typing.Any] = {'timeout': 30}
 #: for asking whether an image is there: another question follows soon
 _CHECK: dict[str, typing.Any] = {
     'timeout': 10,
@@ -139,11 +142,14 @@ class GlanceService(base.ImageService):
         except BaseException:
             # It may be active by now, and Nova deletes no active image. If
             # it is not, it may be wanted again.
-            if sent and root_id is not None and not self._waits(root_id):
-                self._delete(root_id)
-            for image_id in added:
-                if self._delete(image_id):
-                    self._end_further(image_id)
+            gone = (not sent or root_id is None or self._waits(root_id)
+                    or self._delete(root_id, **_TIDY))
+            # If it stays, it may be whole, which the others are then: they
+            # are remembered, and shown or deleted as it is there or not.
+            if gone or self._image_id is None:
+                for image_id in added:
+                    if self._delete(image_id, **_TIDY):
+                        self._end_further(image_id)
             raise
         return published
 
@@ -405,13 +411,14 @@ class GlanceService(base.ImageService):
         return _image_of(
             self._request('GET', f'/images/{image_id}', **arguments))
 
-    def _delete(self, image_id: str) -> bool:
+    def _delete(self, image_id: str, **arguments: typing.Any) -> bool:
         """:returns: whether it is surely gone"""
         if image_id not in self._further:
             self._wanted = None
         try:
             with translated(f'image {image_id}'):
-                self._request('DELETE', f'/images/{image_id}')
+                self._request(
+                    'DELETE', f'/images/{image_id}', **arguments)
         except exception.ImageGone:
             pass
         except exception.ImageServiceError as error:

@@ -277,3 +277,21 @@ class TestNone(SeveralTestCase):
         self.thaw('saving')
         self.fails(exception.DiskThawed)
         self.assertEqual({}, self.server.images)
+
+    def test_none_goes_before_that_of_the_root_disk(self) -> None:
+        # It is whole, and nobody got the answer.
+        self.server.plan['PUT /file'] = [None, None, 'lost answer']
+        self.server.plan['DELETE'] = [403]
+        self.fails(exception.ImageServiceUnreachable, retries=0)
+        self.assertEqual('active', self.stored['status'])
+        self.assertEqual(self.open, [image['id'] for image in self.further])
+        self.assertEqual([('active', True)] * 2, [
+            (image['status'], image['os_hidden']) for image in self.further])
+
+    def test_glance_that_hangs_does_not_hold_the_disks_for_long(self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.images.glance._TIDY', {'timeout': 0.1})
+        self.server.plan['PUT /file'] = [None, 413]
+        self.server.plan['DELETE'] = ['stall'] * 4
+        self.fails(exception.ImageRefused)
+        self.assertEqual(self.open, [image['id'] for image in self.further])
