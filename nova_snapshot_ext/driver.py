@@ -45,8 +45,8 @@ from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import rotation
 from nova_snapshot_ext import in_flight
-from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import notification
+from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged

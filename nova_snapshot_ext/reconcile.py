@@ -36,8 +36,8 @@ from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import dead
 from nova_snapshot_ext import in_flight
-from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import notification
+from nova_snapshot_ext import nova_compat
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
