@@ -228,7 +228,10 @@ def _configuration(options: argparse.Namespace) -> typing.Any:
             '--config-file', ', '.join(options.config_file),
             str(error)) from error
     configuration.set_override('debug', options.debug)
-    if not options.debug:
+    if options.debug:
+        # oslo.log writes nowhere unless it is told to.
+        configuration.set_override('use_stderr', True)
+    else:
         logging.set_defaults(default_log_levels=['nova_snapshot_ext=WARN'])
     logging.setup(configuration, 'nova-snapshot')
     return configuration.snapshot_ext

@@ -17,8 +17,6 @@ import time
 import typing as ty
 import uuid
 
-import openstack
-
 from tests.cloud import base
 from tests.functional import images
 
@@ -60,8 +58,8 @@ class AllDisksTestCase(base.CloudTestCase):
         flavor = self.compute.create_flavor(
             name=self.flavor, ram=256, vcpus=1, disk=1, ephemeral=1, swap=64)
         self.addCleanup(self.compute.delete_flavor, flavor)
-        self.cloud = openstack.connect(
-            cloud='small', username=name, password=name, project_name=name)
+        self.cloud = admin.connect_as(
+            username=name, password=name, project_name=name)
         self.compute = self.cloud.compute
         self.compute.default_microversion = '2.90'
         self.addCleanup(self._delete_images)

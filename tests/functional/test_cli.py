@@ -22,6 +22,7 @@ import time
 
 import fixtures
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext.cmd import snapshot as cli
 from tests.functional import guests
 from tests.functional import images
@@ -103,6 +104,35 @@ class CommandLineTest(CommandTestCase):
         done = self.run_command('flows', guest.name)
         self.assertIn('cold: can serve\n', done.stdout)
         self.assertIn('live: the guest is shut off\n', done.stdout)
+
+    def test_log_says_how_it_ended(self):
+        guest = self.guest(guests.Disk('overlay'))
+        for flow, scratch in (('backup', True), ('live', True),
+                              ('cold', False)):
+            command = self.command(
+                'create', guest.name, '--to', self.images, '--name', flow,
+                '--staging', self.staging, '--flow', flow)
+            command.insert(3, '--debug')
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual(0, done.returncode, done.stderr)
+            [line] = [line for line in done.stderr.splitlines()
+                      if 'Snapshot ended: ' in line]
+            self.addDetail(flow, test_flows.text(line))
+            values = accounts.parsed(line)
+            path = self.images / f'{flow}.qcow2'
+            size = str(path.stat().st_size)
+            self.assertEqual(
+                ('ok', guest.uuid, flow, 'streamed', str(path), size, size,
+                 '-'),
+                tuple(values[name] for name in (
+                    'outcome', 'instance', 'flow', 'transfer', 'image',
+                    'image_bytes', 'sent_bytes', 'staged_bytes')))
+            # The image is what was read, its tables, and no zeroes.
+            self.assertGreater(int(values['read_bytes']), int(size) // 2)
+            self.assertEqual(scratch, values['scratch_bytes'] != '-')
+            self.assertGreater(float(values['total_s']), sum(
+                float(values[f'{phase}_s'])
+                for phase in ('plan', 'freeze', 'publish')))
 
     def test_flow_of_another_package_serves(self):
         packages = self._directory('packages')

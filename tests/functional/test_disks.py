@@ -297,7 +297,10 @@ class KilledTest(test_killed.KilledTestCase):
         # The last two of it, of the guest's way back.
         self.assertIn('end_backup done', steps[first:])
         seen = []
-        for number in range(first, len(steps) + 1):
+        # That all have their names is the fourth of them; what comes then
+        # is the way back of the guest.
+        numbers = list(range(first, len(steps) + 1))
+        for number in [*numbers[:5], *numbers[5::5]]:
             self._killed_at(guest, 'backup', number, guard_too=number % 2 == 0)
             if number % 2 == 0:
                 self._recover()

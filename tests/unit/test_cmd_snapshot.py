@@ -128,10 +128,13 @@ class TestRecover(CommandTestCase):
         self.log.close()
         with open(self.log.path, 'ab') as file:
             file.write(b'{"cut')
+        # Whoever reads it may change the time of access alone.
         before = os.stat(self.log.path)
         self.assertEqual(0, self.recover('--dry-run'))
         self.assertEqual([], self.journal.of('create'))
-        self.assertEqual(before, os.stat(self.log.path))
+        after = os.stat(self.log.path)
+        self.assertEqual((before.st_ino, before.st_ctime_ns, before.st_size),
+                         (after.st_ino, after.st_ctime_ns, after.st_size))
         self.assertEqual(
             f'{self.log.path}: would be done\n  demo_start {{}}\n',
             self.out.getvalue())
