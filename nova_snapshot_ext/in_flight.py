@@ -130,6 +130,7 @@ class Record(contextlib.AbstractContextManager['Record']):
                 os.unlink(path)
                 os.close(descriptor)
                 return None
+            undo.drop_cut_line(descriptor)
             return cls(path, descriptor, *_understood(path, records),
                        adopted=True)
         except BaseException:

@@ -182,6 +182,19 @@ class TestRecord(base.TestCase):
         record.begin_further('image-2')
         self.assertEqual(4, len(flushed))
 
+    def test_line_that_was_cut_off_spoils_no_later_one(self) -> None:
+        record = self.begin()
+        record.begin_further('image-2')
+        record.close()
+        with open(record.path, 'a') as file:
+            file.write('{"announced": 12')
+        for further in ['image-2'], []:
+            adopted = in_flight.Record.adopt(record.path)
+            assert adopted is not None
+            self.assertEqual(further, adopted.further)
+            adopted.end_further('image-2')
+            adopted.close()
+
     def test_that_of_a_living_process_is_not_adopted(self) -> None:
         record = self.begin()
         self.assertRaises(exception.GuestBusy, in_flight.Record.adopt,
