@@ -191,7 +191,7 @@ class TakeTest(AllDisksTestCase):
         # Nova has kept one, and this package what belongs to it and to the
         # one that was deleted when it was taken.
         self.wait(lambda: {
-            image.properties['snapshot_ext_group']
+            image.properties.get('snapshot_ext_group')
             for image in self.own_images()} == set(groups[1:]),
             'the first backup to go')
         self.assertEqual(
