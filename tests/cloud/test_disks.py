@@ -153,7 +153,7 @@ class TakeTest(AllDisksTestCase):
             self.assertNotIn('snapshot_disks', image.properties)
             self.assert_one_instant(server, image, before, after, flow)
             self.assertEqual('ACTIVE', self.status(server))
-        self.assertIn('3 disks', self.compute_log())
+        self.assertIn(' disks=3 ', self.compute_log())
 
     def test_server_that_is_booted_from_that_of_the_root_disk(self):
         server = self.server(flavor=self.flavor)
