@@ -183,7 +183,11 @@ class Way:
             if not error.of_connection:
                 raise
             domain_snapshot.let_call_end(self.guest, None)
-            if self.guest.state() is guests.State.SHUTOFF:
+            # Somebody else may have started it from its saved memory.
+            if (self.guest.state() is guests.State.SHUTOFF
+                    or not _is_made_of(self.guest, {
+                        target: layer.path
+                        for target, layer in files.items()})):
                 raise
 
 
@@ -243,10 +247,13 @@ def come_back_to_overlays(
 def _has_arrived(around: undo.Surroundings, guest: guests.Guest,
                  new: dict[str, str]) -> bool:
     """Whether it runs from the new overlays, as no earlier life of it did."""
-    if power.running_guest(around) is None:
-        return False
+    return (power.running_guest(around) is not None
+            and _is_made_of(guest, new))
+
+
+def _is_made_of(guest: guests.Guest, paths: dict[str, str]) -> bool:
     found = {disk.target: disk.path for disk in guest.disks()}
-    return all(found.get(target) == path for target, path in new.items())
+    return all(found.get(target) == path for target, path in paths.items())
 
 
 def _let_run_on(around: undo.Surroundings, guest: guests.Guest) -> None:

@@ -752,6 +752,21 @@ class TestRevert(ExternalTestCase):
             ['managedSave', 'restore', 'createWithFlags'],
             self.journal.of('managedSave', 'restore', 'create'))
 
+    def test_guest_that_somebody_else_started_stays_what_it_was(
+            self) -> None:
+        """libvirtd died in the restore, and it was started meanwhile."""
+        self.take('one', memory=True)
+
+        def die(path: str, xml: str, flags: int = 0) -> None:
+            self.overlaid.createWithFlags(0)
+            raise fakes.libvirt_error(libvirt.VIR_ERR_INTERNAL_ERROR,
+                                      domain=libvirt.VIR_FROM_RPC)
+        self.overlaid.connection.restoreFlags = (  # type: ignore
+            die)
+        self.assertRaises(exception.SnapshotError, self.revert, 'one')
+        self.assertEqual(self.present, self.overlaid.reads())
+        self.assert_right('one')
+
     def test_paused_guest_is_paused_again(self) -> None:
         self.take('one')
         self.guest.suspend()
