@@ -459,7 +459,7 @@ def _check_no_other(record: domain_records.Record,
     :raises DeletionRefused: if one does
     """
     bases = set(record.disks.values())
-    for directory in sorted(map(os.path.dirname, bases)):
+    for directory in sorted(set(map(os.path.dirname, bases))):
         for path in external_files.overlays_in(directory):
             if path not in known and external_files.base_of(path) in bases:
                 raise exception.DeletionRefused(
