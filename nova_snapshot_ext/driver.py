@@ -39,6 +39,7 @@ from nova_snapshot_ext import checks
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
@@ -586,21 +587,29 @@ class SnapshotLibvirtDriver(
             except nova_exception.InstanceNotRunning:
                 return None
 
-        try:
-            _finish_now(path, find, host, deadline)
-        except ValueError as error:
-            LOG.error('%s says how to undo a snapshot that a nova-compute '
-                      'which died had in flight, and can not be understood: '
-                      '%s. Nothing of it is undone, and snapshots of its '
-                      'guest are refused: look after the guest, undo by hand '
-                      'what the lines without "done" say, and delete the '
-                      'file', path, error, instance=instance)
-        except Exception:
-            LOG.exception('%s could not be finished, and is tried again; '
-                          'snapshots of its guest are refused until it is',
-                          path)
-            threading.Thread(target=guards.bring_back,
-                             args=(path, find, host), daemon=True).start()
+        def finish() -> None:
+            try:
+                _finish_now(path, find, host, deadline)
+            except ValueError as error:
+                LOG.error('%s says how to undo a snapshot that a nova-compute '
+                          'which died had in flight, and can not be '
+                          'understood: %s. Nothing of it is undone, and '
+                          'snapshots of its guest are refused: look after the '
+                          'guest, undo by hand what the lines without "done" '
+                          'say, and delete the file', path, error,
+                          instance=instance)
+            except Exception:
+                LOG.exception('%s could not be finished, and is tried again; '
+                              'snapshots of its guest are refused until it '
+                              'is', path)
+                threading.Thread(target=guards.bring_back,
+                                 args=(path, find, host), daemon=True).start()
+
+        if _takes_long(path):
+            # Nova's own work does not wait for that.
+            threading.Thread(target=finish, daemon=True).start()
+        else:
+            finish()
 
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
         """What this package leaves to Nova, None if it serves.
@@ -757,6 +766,16 @@ class SnapshotLibvirtDriver(
             further={_OF_SERVER: instance.uuid} | (
                 _of_backup(image) if caller == task_states.IMAGE_BACKUP
                 else {}))
+
+
+def _takes_long(path: str) -> bool:
+    """Whether layers of a guest's disks are to be merged, however large."""
+    try:
+        pending = undo.read(path).pending.values()
+    except (FileNotFoundError, ValueError):
+        return False
+    return any(each.step == external_merge.merge_external_snapshot.__name__
+               for each in pending)
 
 
 def _finish_now(path: str, find: undo.FindGuest, host: undo.HostFor,

@@ -921,7 +921,7 @@ class Guest:
             image = device.get('inserted', {}).get('image')
             chain = []
             while image:
-                chain.append(str(image['filename']))
+                chain.append(_path_in(image['filename']))
                 image = image.get('backing-image')
             chains.append(chain)
         return chains
@@ -1053,6 +1053,17 @@ class Guest:
         with self._calling('Time'):
             self._domain.setTime({'seconds': now_ns // 10 ** 9,
                                   'nseconds': now_ns % 10 ** 9})
+
+
+def _path_in(name: str) -> str:
+    """The path in what QEMU calls a file, with the options that it was
+    opened by where they are not what its header says."""
+    if not name.startswith('json:'):
+        return name
+    options = json.loads(name.removeprefix('json:'))
+    while isinstance(options.get('file'), dict):
+        options = options['file']
+    return str(options.get('filename', options.get('file.filename', name)))
 
 
 def _change_disks(

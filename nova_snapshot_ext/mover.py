@@ -81,6 +81,8 @@ class Output:
         self._hash: typing.Any = None
         #: bytes
         self.written = 0
+        #: called after each write: holes take their time as well
+        self.told: collections.abc.Callable[[], None] = lambda: None
 
     def hash_by(self, algorithm: str | None) -> None:
         """:param algorithm: of the hash of all that is written, if any"""
@@ -94,6 +96,7 @@ class Output:
             while done < len(view):
                 done += os.write(self._descriptor, view[done:])
             self.written += done
+        self.told()
 
     def fill_to(self, position: int) -> None:
         """Write zeroes up to a position."""
@@ -187,11 +190,10 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
     image = FORMATS[options.format](clusters)
     say(length=image.length, read=tempo.total)
     output.hash_by(begin())
-    data: Data = export.read(pieces(clusters), options.in_flight, tempo)
     if options.tell:
-        data = _after_each(
-            data, _now_and_then(lambda: say(moved=output.written)))
-    image.write(data, output)
+        output.told = _now_and_then(lambda: say(moved=output.written))
+    image.write(
+        export.read(pieces(clusters), options.in_flight, tempo), output)
     if output.written != image.length:
         raise nbd.NbdError(
             f'{output.written} bytes of {image.length} were written')
@@ -209,13 +211,6 @@ def _now_and_then(tell: collections.abc.Callable[[], None],
             told_at = time.monotonic()
             tell()
     return may_tell
-
-
-def _after_each(data: Data,
-                call: collections.abc.Callable[[], None]) -> Data:
-    for each in data:
-        yield each
-        call()
 
 
 def _say(**words: object) -> None:

@@ -34,9 +34,11 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
@@ -947,6 +949,30 @@ class TestRecovery(DriverTestCase):
              'may start True'], journal)
         self.assertFalse(os.path.exists(path))
         self.assertIn(f'What {path} said is undone', self.output.output)
+
+    def test_nova_does_not_wait_for_a_merge(self) -> None:
+        """What is merged may be as large as disks are."""
+        log = self.new_log()
+        log.push(demo_recovery)
+        log.push(external_merge.merge_external_snapshot,
+                 name=internal_snapshot.new_name(), uuid='-',
+                 state_directory='-', child=None, merges=[], files=[])
+        log.close()
+        finish = driver._finish_now
+        goes_on, done = threading.Event(), threading.Event()
+
+        def slowly(*arguments: typing.Any) -> None:
+            self.assertTrue(goes_on.wait(10))
+            finish(*arguments)
+            done.set()
+        self.patch_name('nova_snapshot_ext.driver._finish_now', slowly)
+        self.patch_name(
+            'nova_snapshot_ext.power.is_gone', lambda around: True)
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
+        goes_on.set()
+        self.assertTrue(done.wait(10))
+        self.assertFalse(os.path.exists(log.path))
 
     def test_next_snapshot_is_planned_when_that_is_undone(self) -> None:
         self.leave_log()

@@ -135,6 +135,15 @@ class TestMove(MoverTestCase):
             [looked, length, {'moved': MIB}, {'moved': 2 * MIB}, written],
             self.said)
 
+    def test_holes_are_signs_of_life(self) -> None:
+        """To hash zeroes takes longer than a mover may give nothing."""
+        self.patch(mover, '_TELL_S', 0.0)
+        self.move(fake_libnbd.Disk(bytes(3 * MIB), [(3 * MIB, HOLE)]),
+                  'raw', digest=None, tell=True)
+        self.assertEqual(
+            [{'moved': (1 + done) * MIB} for done in range(3)],
+            [said for said in self.said if 'moved' in said])
+
     def test_holes_are_not_read(self) -> None:
         disk = fake_libnbd.Disk(
             bytes(4 * MIB) + b'x' * 65536 + bytes(5 * MIB - 65536), [
