@@ -444,9 +444,10 @@ class GlanceService(base.ImageService):
     def _attempting(self, image_id: str) -> typing.Iterator[
             typing.Iterator['_Attempt']]:
         # That somebody deletes one of a further disk is no word about the
-        # snapshot: it has failed.
-        gone = (exception.ImageRefused if image_id in self._further
-                else exception.ImageGone)
+        # snapshot: it has failed. Nor is it if we deleted that of the root
+        # disk.
+        gone = (exception.ImageGone if image_id == self._wanted
+                else exception.ImageRefused)
         with translated(f'image {image_id}', gone):
             yield self._attempts_of(image_id)
 

@@ -277,6 +277,13 @@ class TestNone(SeveralTestCase):
         self.thaw('saving')
         self.fails(exception.DiskThawed)
         self.assertEqual({}, self.server.images)
+        # Who tries again is not told that a tenant has deleted it.
+        error = self.assertRaises(
+            exception.ImageRefused, self.service.publish,
+            [self.new_of(0, 'snap-vdb'), self.new_of(2, 'snap')], False,
+            self.log)
+        self.assertNotIsInstance(error, exception.ImageGone)
+        self.assertEqual({}, self.server.images)
 
     def test_none_goes_before_that_of_the_root_disk(self) -> None:
         # It is whole, and nobody got the answer.
