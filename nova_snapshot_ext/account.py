@@ -161,7 +161,9 @@ class Account:
         :param unwanted: kinds of errors, beside ours, that say that nobody
             wants it any more
         """
-        if isinstance(error.__cause__, exception.SnapshotError):
+        # One of ours may have another as its cause, which says less.
+        if not isinstance(error, exception.SnapshotError) and isinstance(
+                error.__cause__, exception.SnapshotError):
             error = error.__cause__
         self.outcome = CANCELLED if isinstance(
             error, (*_UNWANTED, *unwanted)) else FAILED

@@ -695,7 +695,8 @@ class SnapshotLibvirtDriver(
             update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
             snapshot.take(
                 guest, host, planned, request, service,
-                self._description(instance, image, request.image_format),
+                self._description(instance, image, request.image_format,
+                                  caller),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
         if caller == task_states.IMAGE_BACKUP and (
@@ -739,9 +740,12 @@ class SnapshotLibvirtDriver(
             raise exception.SnapshotError(str(error)) from error
 
     def _description(self, instance: objects.Instance,
-                     image: dict[str, typing.Any],
-                     image_format: str) -> images.Description:
-        """What Nova's own driver sets, without what must not be kept."""
+                     image: dict[str, typing.Any], image_format: str,
+                     caller: str | None) -> images.Description:
+        """What Nova's own driver sets, without what must not be kept.
+
+        :param caller: the task state in which the snapshot was asked for
+        """
         metadata = self._create_snapshot_metadata(
             instance.image_meta, instance, image_format, image['name'])
         # Glance takes no None, and Nova leaves these two out then.
@@ -759,7 +763,9 @@ class SnapshotLibvirtDriver(
             properties=properties, removed=frozenset(removed),
             # What finds all images of a server finds these as well. They have
             # nothing that is for booting.
-            further={_OF_SERVER: instance.uuid} | _of_backup(image))
+            further={_OF_SERVER: instance.uuid} | (
+                _of_backup(image) if caller == task_states.IMAGE_BACKUP
+                else {}))
 
 
 def _takes_long(path: str) -> bool:
@@ -829,7 +835,10 @@ def _with_memory(image: dict[str, typing.Any]) -> bool:
 
 
 def _of_backup(image: dict[str, typing.Any]) -> dict[str, str]:
-    """What the images of further disks say of a backup, if it is one."""
+    """What the images of further disks of a backup say of it.
+
+    A snapshot says the same whose server was booted from a backup.
+    """
     kind = image['properties'].get(_BACKUP_TYPE)
     return {} if kind is None else {rotation.PROPERTY: kind}
 
@@ -845,7 +854,8 @@ def _delete_rotated(context: nova_context.RequestContext,
                     _glance(context), instance.uuid, kind):
                 LOG.info('Image %s is deleted: Nova has deleted the backup '
                          'that it was of', image_id, instance=instance)
-        except exception.SnapshotError as error:
+        except Exception as error:
+            # This backup is whole; Nova would delete it after an error.
             LOG.warning('Images of further disks of earlier backups may '
                         'stay: %s', error, instance=instance)
 

@@ -21,6 +21,7 @@ import enum
 import re
 
 from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import external_files
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import request as requests
 
@@ -81,8 +82,16 @@ def _kind(disk: disks_.Disk, root: disks_.Disk,
         # One that no flow can serve is an obstacle, and not left out.
         is_there = disk.path or disk.kind not in ('file', 'block')
         return Kind.DATA if is_there else None
-    prefix, _, name = disk.path.rpartition('.')
-    if prefix != root.path:
+    prefix, _, name = _path_of_nova(disk).rpartition('.')
+    if prefix != _path_of_nova(root):
         return None
     return next((kind for pattern, kind in _OF_NOVA.items()
                  if pattern.fullmatch(name)), None)
+
+
+def _path_of_nova(disk: disks_.Disk) -> str:
+    """Where Nova made a disk: below the overlays of external snapshots."""
+    if not external_files.is_ours(disk.path):
+        return disk.path
+    return next((layer.path for layer in disks_.chain_of(disk)
+                 if not external_files.is_ours(layer.path)), disk.path)

@@ -157,13 +157,14 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
             # Nova had been told to delete it.
             LOG.info('image %s of a snapshot that failed is gone',
                      record.snapshot.image_id)
+            _name_unseen(record)
             record.forget()
             return True
         # Glance says the same of an image that one may not see.
         if waited < _GIVE_UP_S:
             return _is_said(record, waited, error)
-        outcome = (f'image {record.snapshot.image_id} is gone, or is not '
-                   f'shown to [{CONF.snapshot_ext.dead_image_auth}]')
+        outcome = _unseen(record.snapshot.image_id)
+        _name_unseen(record)
     except Exception as error:
         if waited < _GIVE_UP_S:
             return _is_said(record, waited, error)
@@ -193,27 +194,46 @@ def _settled(record: in_flight.Record, waited: float) -> str:
             # A store may take it as long as that of a living one.
             patient=waited < CONF.snapshot_ext.answer_timeout)
     except exception.ImageGone:
-        # They would not be shown either if it were only not shown.
-        _settle_further(proxy, record)
+        _settle_further(proxy, record, shown=False)
         raise
-    return '; '.join([outcome, *_settle_further(proxy, record)])
+    return '; '.join([outcome, *_settle_further(proxy, record, shown=True)])
 
 
-def _settle_further(proxy: typing.Any,
-                    record: in_flight.Record) -> list[str]:
-    """:returns: what became of the images of further disks"""
+def _settle_further(proxy: typing.Any, record: in_flight.Record,
+                    shown: bool) -> list[str]:
+    """:param shown: whether that of the root disk is: what is not is gone.
+        Else it may be there, and stays to be asked for again
+    :returns: what became of the images of further disks
+    """
     outcomes = []
     if record.further:
         whole = dead.is_whole(proxy, record.snapshot, record.announced)
         for image_id in list(record.further):
-            outcome = dead.settle_further(
-                proxy, record.snapshot, image_id, whole,
-                failed=record.failure is not None)
+            try:
+                outcome = dead.settle_further(
+                    proxy, record.snapshot, image_id, whole,
+                    failed=record.failure is not None)
+            except exception.ImageGone:
+                if not shown:
+                    continue
+                outcome = f'image {image_id} is gone'
             LOG.warning('%s; %s', _why(record), outcome,
                         instance_uuid=record.snapshot.instance_uuid)
             outcomes.append(outcome)
             record.end_further(image_id)
     return outcomes
+
+
+def _name_unseen(record: in_flight.Record) -> None:
+    """Say which images of further disks are given up."""
+    for image_id in record.further:
+        LOG.warning('%s; %s', _why(record), _unseen(image_id),
+                    instance_uuid=record.snapshot.instance_uuid)
+
+
+def _unseen(image_id: str) -> str:
+    return (f'image {image_id} is gone, or is not shown to '
+            f'[{CONF.snapshot_ext.dead_image_auth}]')
 
 
 def _why(record: in_flight.Record) -> str:

@@ -26,6 +26,10 @@ from nova_snapshot_ext import undo
 
 #: the property that the images of one snapshot have in common
 GROUP = 'snapshot_ext_group'
+#: of an image of a further disk: its own id, which no copy of its properties
+#: has. Cinder and Nova copy them to what is made of volumes and servers that
+#: were made of the image.
+OWN_ID = 'snapshot_ext_image'
 
 
 @dataclasses.dataclass(frozen=True)

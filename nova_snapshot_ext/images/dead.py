@@ -103,12 +103,13 @@ def settle_further(glance: typing.Any, snapshot: in_flight.Snapshot,
     :param failed: the snapshot has, as far as its owner was told: one that
         is not hidden any more is deleted as well
     :returns: what became of it
+    :raises ImageGone: as :func:`settle` does
     :raises ImageServiceError: if Glance gives no clear answer
     """
     name = f'image {image_id}'
     image = _shown(glance, image_id)
     if image is None:
-        return f'{name} is gone'
+        raise exception.ImageGone(f'{name} is not found')
     if image.get(base.GROUP) != snapshot.image_id:
         return f'{name} is not of this snapshot, and left alone'
     hidden, status = image.get('os_hidden'), image.get('status')

@@ -47,6 +47,9 @@ _SAVING_TIMEOUT_S = 60.0
 _CUT_OFF_TIMEOUT_S = 10.0
 #: for a question whose answer decides nothing but what is left behind
 _SHORTLY: dict[str, typing.Any] = {'timeout': 10}
+#: for deleting what is asked for once more if it stays: the disks are frozen
+#: meanwhile
+_TIDY: dict[str, typing.Any] = {'timeout': 30}
 #: for asking whether an image is there: another question follows soon
 _CHECK: dict[str, typing.Any] = {
     'timeout': 10,
@@ -137,12 +140,16 @@ class GlanceService(base.ImageService):
             for image_id in added:
                 self._show(image_id)
         except BaseException:
-            # It may be active by now, and Nova deletes no active image.
-            if sent and root_id is not None:
-                self._delete(root_id)
-            for image_id in added:
-                if self._delete(image_id):
-                    self._end_further(image_id)
+            # It may be active by now, and Nova deletes no active image. If
+            # it is not, it may be wanted again.
+            gone = (not sent or root_id is None or self._waits(root_id)
+                    or self._delete(root_id, **_TIDY))
+            # If it stays, it may be whole, which the others are then: they
+            # are remembered, and shown or deleted as it is there or not.
+            if gone or self._image_id is None:
+                for image_id in added:
+                    if self._delete(image_id, **_TIDY):
+                        self._end_further(image_id)
             raise
         return published
 
@@ -170,6 +177,7 @@ class GlanceService(base.ImageService):
         added.append(image_id)
         document = {
             **new.description.properties,
+            base.OWN_ID: image_id,
             'id': image_id,
             'name': new.description.name,
             'disk_format': new.description.disk_format,
@@ -195,6 +203,15 @@ class GlanceService(base.ImageService):
                     self._change(image_id, [{
                         'op': 'replace', 'path': '/os_hidden',
                         'value': False}])
+
+    def _waits(self, image_id: str) -> bool:
+        """Whether an image surely waits for its bytes."""
+        try:
+            with translated(f'image {image_id}'):
+                return bool(
+                    self._get(image_id, **_SHORTLY)['status'] == 'queued')
+        except exception.ImageServiceError:
+            return False
 
     def _publish_root(self, new: base.NewImage, verify_hash: bool,
                       sent: list[int]) -> base.Published:
@@ -394,13 +411,14 @@ class GlanceService(base.ImageService):
         return _image_of(
             self._request('GET', f'/images/{image_id}', **arguments))
 
-    def _delete(self, image_id: str) -> bool:
+    def _delete(self, image_id: str, **arguments: typing.Any) -> bool:
         """:returns: whether it is surely gone"""
         if image_id not in self._further:
             self._wanted = None
         try:
             with translated(f'image {image_id}'):
-                self._request('DELETE', f'/images/{image_id}')
+                self._request(
+                    'DELETE', f'/images/{image_id}', **arguments)
         except exception.ImageGone:
             pass
         except exception.ImageServiceError as error:

@@ -16,6 +16,7 @@ Nova keeps so many backups of a server, and deletes the images of older ones:
 those that it knows, of root disks.
 """
 
+import collections.abc
 import re
 import typing
 import urllib.parse
@@ -35,31 +36,55 @@ _MOST = 1000
 _ID = re.compile('[0-9a-f-]{36}')
 
 
-def delete_rotated(glance: typing.Any, uuid: str,
-                   backup_type: str) -> list[str]:
+def delete_rotated(glance: typing.Any, uuid: str, backup_type: str,
+                   ) -> collections.abc.Iterator[str]:
     """Delete images of further disks whose root disk's image is gone.
+
+    One that is protected stays, and one that is refused keeps no other.
 
     :param glance: openstacksdk's image proxy, with the rights of who has
         backups of the server taken: it is shown the images of all of them
     :param uuid: the server's
-    :returns: which were deleted
+    :returns: which are deleted, one after the other
     :raises ImageServiceError: if Glance does not do it
     """
-    deleted = []
+    refused: exception.ImageServiceError | None = None
     shown: dict[str, bool] = {}
     for image in _of_backups(glance, uuid, backup_type):
-        image_id, group = image.get('id'), image.get(base.GROUP)
-        if not (_is_id(image_id) and _is_id(group)) or image_id == group:
+        if image.get('protected') or not _is_of_backup(
+                image, uuid, backup_type):
             continue
+        image_id, group = image['id'], image[base.GROUP]
         if group not in shown:
             shown[group] = presence.is_shown(glance, group)
-        if not shown[group]:
+        if shown[group]:
+            continue
+        try:
             _delete(glance, image_id)
-            deleted.append(image_id)
-    return deleted
+        except exception.ImageServiceError as error:
+            refused = refused or error
+        else:
+            yield image_id
+    if refused is not None:
+        raise refused
 
 
-def _is_id(value: object) -> typing.TypeGuard[str]:
+def _is_of_backup(image: dict[str, typing.Any], uuid: str,
+                  backup_type: str) -> bool:
+    """Whether it was made here for a further disk of such a backup.
+
+    All of it is looked at, whatever Glance was asked for. What somebody has
+    made of such an image may have its properties, but for its id.
+    """
+    image_id, group = image.get('id'), image.get(base.GROUP)
+    return (_is_id(image_id) and _is_id(group) and image_id != group
+            and image.get(base.OWN_ID) == image_id
+            and image.get('instance_uuid') == uuid
+            and image.get(PROPERTY) == backup_type
+            and not image.get('os_hidden'))
+
+
+def _is_id(value: object) -> bool:
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 

@@ -23,8 +23,8 @@ from tests.functional import images
 # Root, ephemeral and swap disk of the flavor, in bytes.
 SIZES = {'vda': 1024 ** 3, 'vdb': 1024 ** 3, 'vdc': 64 * 1024 ** 2}
 KINDS = {'vda': 'root', 'vdb': 'ephemeral', 'vdc': 'swap'}
-SLOW = ('snapshot_ext.transfers=streamed', 'snapshot_ext.bandwidth=4',
-        'libvirt.snapshot_image_format=raw')
+# The root disk has some 25 MiB, and the others next to nothing.
+SLOW = ('snapshot_ext.transfers=streamed', 'snapshot_ext.bandwidth=1')
 # Makes the guest count on its ephemeral disk as well, after its root disk.
 COUNT_ON_BOTH = '''
 kill $(cat /run/writer.pid)
@@ -153,9 +153,14 @@ class TakeTest(AllDisksTestCase):
             self.assertNotIn('snapshot_disks', image.properties)
             self.assert_one_instant(server, image, before, after, flow)
             self.assertEqual('ACTIVE', self.status(server))
-        self.assertIn('3 disks', self.compute_log())
-        # Nova boots from that of the root disk; what a server of it inherits
-        # is not taken for the next snapshot's own.
+        self.assertIn(' disks=3 ', self.compute_log())
+
+    def test_server_that_is_booted_from_that_of_the_root_disk(self):
+        server = self.server(flavor=self.flavor)
+        before = self.counter(server)
+        image = self.snapshot(server, snapshot_disks='all')
+        after = self.wait_writes(server)
+        # What it inherits is not taken for the next snapshot's own.
         second = self.server(image.id)
         self.assertTrue(before <= self.booted_from(second) <= after + 1)
         again = self.snapshot(second)
@@ -186,7 +191,7 @@ class TakeTest(AllDisksTestCase):
         # Nova has kept one, and this package what belongs to it and to the
         # one that was deleted when it was taken.
         self.wait(lambda: {
-            image.properties['snapshot_ext_group']
+            image.properties.get('snapshot_ext_group')
             for image in self.own_images()} == set(groups[1:]),
             'the first backup to go')
         self.assertEqual(
@@ -206,7 +211,7 @@ class EndTest(AllDisksTestCase):
             self.wait_idle(server)
             self.assertEqual([], self.own_images())
             self.assert_host_is_clean()
-        for whole in (1, 2):
+        for whole in (0, 2):
             image_id = self.begin(server, whole)
             base.run(base.TOOL, 'restart-compute', '--kill')
             self.wait_idle(server)
@@ -221,7 +226,8 @@ class EndTest(AllDisksTestCase):
 
     def begin(self, server: ty.Any, whole: int) -> str:
         """Ask for a snapshot, and wait until so many images of further disks
-        are whole and the next one is filled; none of them may be seen."""
+        are whole, or more, and the next one is filled; none of them may be
+        seen."""
         image_id = self.request_snapshot(server, snapshot_disks='all')
         deadline = time.monotonic() + base.TIMEOUT_S
         while True:
@@ -229,7 +235,7 @@ class EndTest(AllDisksTestCase):
             self.assertEqual([image_id], [
                 image.id for image in found if not image.is_hidden])
             states = [image.status for image in found]
-            if states.count('active') == whole and 'saving' in states:
+            if states.count('active') >= whole and 'saving' in states:
                 return image_id
             self.assertLess(time.monotonic(), deadline, states)
             time.sleep(0.1)

@@ -174,6 +174,12 @@ class TestEnd(AccountTestCase):
         self.account.fail(ValueError('theirs'), (ValueError,))
         self.assertEqual('cancelled', self.account.outcome)
 
+    def test_error_of_ours_is_not_told_by_its_cause(self) -> None:
+        line = self.end(exception.GuestGone('gone'),
+                        exception.TransferFailed('no socket'))
+        self.assertEqual(('cancelled', 'GuestGone', 'gone'), (
+            line['outcome'], line['error'], line['reason']))
+
     def test_line_stays_one_line(self) -> None:
         self.account.flow = 'a b="c"\nd'
         self.assertEqual('a b="c"\nd', self.end()['flow'])

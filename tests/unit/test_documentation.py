@@ -248,8 +248,9 @@ def _properties_in(node: ast.AST) -> collections.abc.Iterator[str]:
                 ast.Constant(value=str(name))]):
             yield f'{snapshot.PROPERTY}{name}'
         # PROPERTY = 'snapshot_ext_failure', GROUP = 'snapshot_ext_group'
-        case ast.Assign(targets=[ast.Name(id='PROPERTY' | 'GROUP')],
-                        value=ast.Constant(value=str(name))):
+        case ast.Assign(
+                targets=[ast.Name(id='PROPERTY' | 'GROUP' | 'OWN_ID')],
+                value=ast.Constant(value=str(name))):
             if name != snapshot.PROPERTY:
                 yield name
         # what a flow says, without the prefix

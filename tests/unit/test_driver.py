@@ -600,7 +600,7 @@ class TestDisks(DriverTestCase):
         def delete(*arguments: object) -> list[str]:
             asked.append(arguments)
             if self.fails:
-                raise exception.ImageRefused('403')
+                raise self.fails
             return ['image-9']
         self.patch_name('nova_snapshot_ext.images.rotation.delete_rotated',
                         delete)
@@ -612,7 +612,7 @@ class TestDisks(DriverTestCase):
         self.snapshot()
         return asked
 
-    fails = False
+    fails: Exception | None = None
 
     def test_backup_is_of_all_too(self) -> None:
         self.assertEqual([('proxy', fakes.UUID, 'daily')], self.back_up())
@@ -624,9 +624,17 @@ class TestDisks(DriverTestCase):
         self.assertIn('Image image-9 is deleted', self.output.output)
 
     def test_backup_does_not_fail_because_earlier_ones_stay(self) -> None:
-        self.fails = True
-        self.back_up()
-        self.assertIn('earlier backups may stay: 403', self.output.output)
+        for self.fails in (exception.ImageRefused('403'),
+                           nova_exception.NovaException('no catalog')):
+            self.back_up()
+            self.assertIn(f'earlier backups may stay: {self.fails}',
+                          self.output.output)
+
+    def test_snapshot_of_a_server_booted_from_a_backup_is_no_backup(
+            self) -> None:
+        self.disks(snapshot_disks='all', backup_type='daily')
+        self.assertEqual({'instance_uuid': fakes.UUID},
+                         self.taken[-1]['description'].further)
 
     def test_backup_of_the_root_disk_has_no_others(self) -> None:
         self.assertEqual([], self.back_up('root'))

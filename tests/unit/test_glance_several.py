@@ -113,6 +113,13 @@ class TestAll(SeveralTestCase):
         self.assertEqual([False, False],
                          [image['os_hidden'] for image in self.further])
 
+    def test_each_further_one_names_itself(self) -> None:
+        self.take()
+        self.assertEqual([image['id'] for image in self.further],
+                         [image['snapshot_ext_image']
+                          for image in self.further])
+        self.assertNotIn('snapshot_ext_image', self.stored)
+
     def test_lengths_are_announced_of_the_root_disk_alone(self) -> None:
         self.take()
         self.assertEqual([LENGTH], self.announced)
@@ -243,3 +250,48 @@ class TestNone(SeveralTestCase):
             self.log)
         self.assertEqual(['active'],
                          [image['status'] for image in self.further])
+
+    def thaw(self, status: str) -> None:
+        """Lose the root disk when its bytes are under way."""
+        def sending() -> None:
+            if self.announced:
+                self.stored['status'] = status
+                raise exception.DiskThawed('1 byte is free')
+        self.sending[2] = sending
+
+    def test_root_disks_may_be_tried_again_when_its_bytes_broke_off(
+            self) -> None:
+        self.thaw('queued')
+        self.fails(exception.DiskThawed)
+        self.assertNoneIsLeft()
+        self.assertEqual('queued', self.stored['status'])
+        self.sending = [lambda: None] * 3
+        self.service.publish(
+            [self.new_of(0, 'snap-vdb'), self.new_of(2, 'snap')], False,
+            self.log)
+        self.assertEqual('active', self.stored['status'])
+
+    def test_root_disks_that_may_become_whole_goes(self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.images.glance._CUT_OFF_TIMEOUT_S', 0)
+        self.thaw('saving')
+        self.fails(exception.DiskThawed)
+        self.assertEqual({}, self.server.images)
+
+    def test_none_goes_before_that_of_the_root_disk(self) -> None:
+        # It is whole, and nobody got the answer.
+        self.server.plan['PUT /file'] = [None, None, 'lost answer']
+        self.server.plan['DELETE'] = [403]
+        self.fails(exception.ImageServiceUnreachable, retries=0)
+        self.assertEqual('active', self.stored['status'])
+        self.assertEqual(self.open, [image['id'] for image in self.further])
+        self.assertEqual([('active', True)] * 2, [
+            (image['status'], image['os_hidden']) for image in self.further])
+
+    def test_glance_that_hangs_does_not_hold_the_disks_for_long(self) -> None:
+        self.patch_name(
+            'nova_snapshot_ext.images.glance._TIDY', {'timeout': 0.1})
+        self.server.plan['PUT /file'] = [None, 413]
+        self.server.plan['DELETE'] = ['stall'] * 4
+        self.fails(exception.ImageRefused)
+        self.assertEqual(self.open, [image['id'] for image in self.further])

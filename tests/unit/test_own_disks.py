@@ -61,6 +61,21 @@ class TestOfNova(OwnDisksTestCase):
         self.assertEqual([('vda', 'root')],
                          self.chosen(requests.Disks.ROOT))
 
+    def test_disks_that_write_into_overlays(self) -> None:
+        self.domain.disks, self.count = '', 0
+        names = [f'{INSTANCE}/snapshot-ext-{digit * 32}' for digit in '21']
+        self.patch_name('nova_snapshot_ext.disk._check_header',
+                        lambda layer: None)
+        for path in ('disk', 'disk.eph0', 'volume-1'):
+            target = f'vd{"abc"[self.count]}'
+            below = [f'{names[1]}.{target}', f'{INSTANCE}/{path}']
+            self.add(f'{names[0]}.{target}', fmt='qcow2', inside=''.join(
+                f'<backingStore type="file"><format type="qcow2"/>'
+                f'<source file="{each}"/>' for each in below)
+                + '<backingStore/>' + '</backingStore>' * len(below))
+        self.assertEqual([('vda', 'root'), ('vdb', 'ephemeral')],
+                         self.chosen())
+
     def test_logical_volumes_of_nova(self) -> None:
         self.domain.disks = ''
         for name in ('', '.eph0', '.swap', '.config'):

@@ -333,6 +333,36 @@ class TestFurther(ReconcileTestCase):
         self.assertEqual([5.0], self.waits)
         self.assertEqual([], os.listdir(self.state))
 
+    def test_one_that_is_not_shown_is_gone_if_the_root_disks_is_shown(
+            self) -> None:
+        self.further_errors = [exception.ImageGone('404')]
+        self.leave(further=('image-2', 'image-3'))
+        self.after_death()
+        self.assertIn('image-1 is deleted; image image-2 is gone; image-3 '
+                      'is settled', self.told[-1])
+        self.assertEqual([], self.waits)
+
+    def test_one_that_is_not_shown_either_is_asked_for_again(self) -> None:
+        # Until an operator gives the rights.
+        self.answers = [exception.ImageGone('404')] * 2 + ['is deleted']
+        self.further_errors = [exception.ImageGone('404')] * 2
+        self.leave(further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, False)], self.further)
+        self.assertEqual([5.0, 10.0], self.waits)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_one_that_is_never_shown_is_named(self) -> None:
+        for failure in ('no socket', None):
+            self.now = 0.0
+            self.answers = [exception.ImageGone('404')]
+            self.further_errors = [exception.ImageGone('404')] * 999
+            self.leave(failure=failure, further=('image-2',))
+            self.after_death()
+            self.assertEqual([], os.listdir(self.state))
+            self.assertEqual(1 if failure else 2, self.output.output.count(
+                'image image-2 is gone, or is not shown to [service_user]'))
+
     def test_what_a_living_process_left_is_settled_too(self) -> None:
         self.answers = [exception.ImageGone('404')]
         record = in_flight.Record.begin(self.state, in_flight.Snapshot(

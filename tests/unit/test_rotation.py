@@ -28,13 +28,15 @@ class TestRotation(test_glance.GlanceTestCase):
     def add(self, number: int, group: object, **more: typing.Any) -> str:
         image_id = f'c0ffee00-0000-4000-8000-0000000001{number:02}'
         self.server.add(**{
-            'id': image_id, 'snapshot_ext_group': group,
+            'id': image_id, 'snapshot_ext_image': image_id,
+            'snapshot_ext_group': group,
             'instance_uuid': SERVER, 'snapshot_ext_backup_type': 'daily',
             'os_hidden': False, 'status': 'active', **more})
         return image_id
 
     def delete(self) -> list[str]:
-        return rotation.delete_rotated(self.proxy(), SERVER, 'daily')
+        return list(rotation.delete_rotated(
+            self.proxy(), SERVER, 'daily'))
 
     def test_those_of_backups_that_are_gone_are_deleted(self) -> None:
         kept = self.add(1, ROOT)
@@ -74,7 +76,31 @@ class TestRotation(test_glance.GlanceTestCase):
         self.server.plan['DELETE'] = [404]
         self.assertEqual(1, len(self.delete()))
 
-    def test_refused_deletion_is_an_error(self) -> None:
-        self.add(1, GONE)
+    def test_what_is_made_of_one_stays(self) -> None:
+        # Cinder copies the properties of an image to an image of a volume
+        # that was made of it, as Nova does to a snapshot of a server.
+        for original in (self.add(1, GONE), None):
+            copy = self.add(2, GONE, snapshot_ext_image=original)
+            self.delete()
+            self.assertEqual({ROOT, copy}, set(self.server.images))
+
+    def test_protected_one_stays(self) -> None:
+        kept, gone = self.add(1, GONE, protected=True), self.add(2, GONE)
+        self.assertEqual([gone], self.delete())
+        self.assertEqual({ROOT, kept}, set(self.server.images))
+
+    def test_glance_that_gives_more_than_was_asked_for_deletes_no_more(
+            self) -> None:
+        self.add(1, GONE, snapshot_ext_backup_type='weekly')
+        self.add(2, GONE, instance_uuid='another')
+        self.add(3, GONE, os_hidden=True)
+        self.patch_name('tests.fake_glance.Handler.found',
+                        lambda handler: [*self.server.images.values()])
+        self.assertEqual([], self.delete())
+        self.assertNotIn('DELETE', self.server.seen)
+
+    def test_refused_deletion_is_an_error_and_keeps_no_other(self) -> None:
+        kept, _ = self.add(1, GONE), self.add(2, GONE)
         self.server.plan['DELETE'] = [403]
         self.assertRaises(exception.ImageServiceError, self.delete)
+        self.assertEqual({ROOT, kept}, set(self.server.images))
