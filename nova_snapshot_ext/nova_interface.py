@@ -23,6 +23,7 @@ import inspect
 import shlex
 import typing
 
+from nova import objects
 # It registers the group of root_helper().
 import nova.privsep  # noqa: F401
 from nova import version as nova_version
@@ -88,6 +89,8 @@ def version() -> int:
 
 def differences() -> collections.abc.Iterator[str]:
     """What the installed Nova does not have as it is used."""
+    # nova-compute has done so by now, and our own command has not.
+    objects.register_all()
     for name, parameters in _OVERRIDES.items():
         try:
             found = tuple(inspect.signature(_find(

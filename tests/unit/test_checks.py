@@ -13,6 +13,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import types
 import typing
 from unittest import mock
@@ -385,3 +387,16 @@ class TestHelp(base.TestCase):
             ended = self.assertRaises(SystemExit, status.main, ['--help'])
         self.assertEqual(0, ended.code)
         self.assertIn('upgrade', said.getvalue())
+
+
+class TestInstalled(base.TestCase):
+
+    def test_fresh_process_finds_all_that_nova_has(self) -> None:
+        # Where nothing but the command itself has imported Nova's objects.
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c',
+             'from nova_snapshot_ext import nova_interface as found;'
+             'print(list(found.differences()))'],
+            capture_output=True, text=True, timeout=50)
+        self.assertEqual(('[]\n', 0), (done.stdout, done.returncode),
+                         done.stderr)
