@@ -16,6 +16,7 @@ import contextlib
 import os
 import typing
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import domain_records
@@ -678,6 +679,11 @@ class TestKilled(ExternalTestCase):
 
     #: more than anything here does
     MOST = 60
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Hundreds of them, on a machine that may be busy.
+        self.useFixture(fixtures.Timeout(300, gentle=True))
 
     def killed_at_each(self, prepare: typing.Callable[[], None],
                        act: typing.Callable[[], None],
