@@ -478,7 +478,7 @@ class LibvirtdTest(ExternalTestCase):
         self._start_anew(guest)
 
     def _start_anew(self, guest: guests.Guest) -> None:
-        """Where libvirt 9.0 does not know what QEMU has done."""
+        """Where libvirt does not know what QEMU has done."""
         if '<mirror' not in guest.domain.XMLDesc():
             return
         at = guest.wait_writes_on(20)
