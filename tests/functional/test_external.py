@@ -20,10 +20,12 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import typing
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext.cmd import snapshot as cli
@@ -31,6 +33,7 @@ from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard
+from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
@@ -42,6 +45,34 @@ from tests.functional import test_killed
 
 EVERY = test_domain.EVERY
 SOME = test_domain.SOME
+
+
+# Has QEMU pivot and forget its job, as libvirt does in the end.
+_PIVOT = textwrap.dedent('''
+    import glob, json, socket, sys, time
+
+    [path] = glob.glob(
+        f'/var/lib/libvirt/qemu/domain-*-{sys.argv[1]}*/monitor.sock')
+    monitor = socket.socket(socket.AF_UNIX)
+    monitor.connect(path)
+    lines = monitor.makefile('rw')
+
+    def tell(command, **arguments):
+        lines.write(json.dumps(
+            {'execute': command, 'arguments': arguments}) + '\\n')
+        lines.flush()
+        while 'event' in (answer := json.loads(lines.readline())):
+            pass
+        return answer['return']
+
+    lines.readline()
+    tell('qmp_capabilities')
+    [job] = tell('query-jobs')
+    tell('job-complete', id=job['id'])
+    while tell('query-jobs')[0]['status'] != 'concluded':
+        time.sleep(0.02)
+    tell('job-dismiss', id=job['id'])
+''')
 
 
 def digest(path: typing.Any) -> str:
@@ -410,8 +441,8 @@ class LibvirtdTest(ExternalTestCase):
     """libvirtd dies in the middle of its work; nobody reads other data."""
 
     def _killed(self, guest: guests.Guest, act: typing.Callable[[], object],
-                when: typing.Callable[[], bool]) -> None:
-        def kill() -> None:
+                when: typing.Callable[[], bool], kill: bool = True) -> None:
+        def watch() -> None:
             deadline = time.monotonic() + 20
             try:
                 while not when() and time.monotonic() < deadline:
@@ -421,14 +452,16 @@ class LibvirtdTest(ExternalTestCase):
             time.sleep(random.uniform(0, 0.3))
             self.libvirtd.kill()
             self.libvirtd.start()
-        thread = threading.Thread(target=kill)
-        thread.start()
+        thread = threading.Thread(target=watch)
+        if kill:
+            thread.start()
         try:
             act()
             print('it was done all the same', flush=True)
         except exception.SnapshotError as error:
             print(f'{error}', flush=True)
-        thread.join()
+        if kill:
+            thread.join()
         connection = self.libvirtd.connect()
         self.addCleanup(connection.close)
         guest.domain = connection.lookupByUUIDString(guest.uuid)
@@ -445,7 +478,7 @@ class LibvirtdTest(ExternalTestCase):
         self._start_anew(guest)
 
     def _start_anew(self, guest: guests.Guest) -> None:
-        """Where libvirt 9.0 does not know what QEMU has done."""
+        """Where libvirt does not know what QEMU has done."""
         if '<mirror' not in guest.domain.XMLDesc():
             return
         at = guest.wait_writes_on(20)
@@ -468,6 +501,35 @@ class LibvirtdTest(ExternalTestCase):
             self.assert_lives(guest)
             self.delete_all(guest)
         self.assert_lives(guest)
+
+    def test_pivot_that_libvirt_does_not_know(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
+        self.keep(guest, 'one', memory=False)
+        guest.wait_writes_on(20)
+        real = our_guests.Guest.pivot
+        killed: list[str] = []
+
+        def pivot(ours: our_guests.Guest, target: str) -> None:
+            if not killed:
+                killed.append(target)
+                self.libvirtd.kill()
+                images.run(*self.libvirtd.inside(
+                    sys.executable, '-c', _PIVOT, guest.name))
+                self.libvirtd.start()
+            real(ours, target)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.guest.Guest.pivot', pivot))
+        self._killed(guest, lambda: domain_snapshot.delete(
+            self.ours(guest), self.records(guest).find('one'),
+            self.records(guest), hosts.PlainHost()), lambda: True,
+            kill=False)
+        self.assertEqual(['vda'], killed)
+        at = guest.wait_writes_on(20)
+        guest.domain.destroy()
+        self.assert_as_before(guest)
+        found = images.check_point_in_time(guest.images)
+        self.assertGreaterEqual(found[0][0], at - 1)
+        images.qemu_img_check(guest.disks[0].path)
 
     def test_merging(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'),

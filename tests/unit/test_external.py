@@ -18,6 +18,7 @@ import os
 import typing
 from unittest import mock
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext import domain_records
@@ -850,6 +851,11 @@ class TestKilled(ExternalTestCase):
 
     #: more than anything here does
     MOST = 60
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Hundreds of them, on a machine that may be busy.
+        self.useFixture(fixtures.Timeout(300, gentle=True))
 
     def killed_at_each(self, prepare: typing.Callable[[], None],
                        act: typing.Callable[[], None],
