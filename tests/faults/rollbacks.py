@@ -333,8 +333,9 @@ def main() -> int:
                 break
             words = f'{way}: {moment}: {fault.name}'
             wrong: Exception | None = None
-            trial = Trial(bench, way, 0)
+            trial: Trial | None = None
             try:
+                trial = Trial(bench, way, 0)
                 found = trial.tried(moment, fault)
             except (AssertionError, libvirt.libvirtError,
                     command.Stuck) as error:
@@ -345,6 +346,8 @@ def main() -> int:
                 continue
             passed += wrong is None
             print(f'{words}: {found}', flush=True)
+            if trial is None:
+                continue
             found_all.tries.append(trial.outcome(
                 fault, options.seed, wrong))
             found_all.seconds = time.monotonic() - begun
