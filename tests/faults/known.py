@@ -53,17 +53,16 @@ SHORTFALLS = (
         'this moment, or another host\'s by now'),
     Shortfall(
         ('scratch read-only',), ('backup', 'cold, backup job'),
-        '^(it does not (write|come back)|its QEMU has other files open'
-        '|files in .* are held open|process guard|scratch: |state: )',
+        '^it does not (write|come back)',
         'QEMU gives the guest the error of the scratch for the write of its '
-        'own that it came with, before anybody can end the job; and its job '
-        'can not always be ended'),
+        'own that it came with, before anybody can end the job; '
+        ':ref:`scratch` says how likely that is, and what helps'),
     Shortfall(
         ('guest is reset',), ('backup',),
         '^its agent can not be asked: ',
-        'libvirt does not take in that an agent ends, or comes, while a backup '
-        'job is under way, and can not ask it any more afterwards; the guest '
-        'itself runs and writes'),
+        'libvirt does not take in that an agent ends, or comes, while a '
+        'backup job is under way, and can not ask it any more afterwards; '
+        'the guest itself runs and writes'),
 )
 
 

@@ -57,6 +57,7 @@ class Disk:
     :ivar cache: QEMU's cache mode.
     :ivar bus: "virtio" or "scsi".
     :ivar discard: whether the guest's discards reach the image.
+    :ivar error_policy: what QEMU does of an error, libvirt's default if None.
     """
 
     kind: Kind = 'overlay'
@@ -65,6 +66,7 @@ class Disk:
     bus: str = 'virtio'
     serial: str | None = None
     discard: bool = True
+    error_policy: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +95,14 @@ class MadeDisk:
         block = self.disk.kind == 'block'
         source = 'dev' if block else 'file'
         discard = ' discard="unmap"' if self.disk.discard else ''
+        policy = ('' if self.disk.error_policy is None else
+                  f' error_policy="{self.disk.error_policy}"')
         serial = ('' if self.disk.serial is None else
                   f'<serial>{saxutils.escape(self.disk.serial)}</serial>')
         return (
             f'<disk type="{"block" if block else "file"}" device="disk">'
             f'<driver name="qemu" type="{self.format}"'
-            f' cache="{self.disk.cache}"{discard}/>'
+            f' cache="{self.disk.cache}"{discard}{policy}/>'
             f'<source {source}={saxutils.quoteattr(str(self.path))}/>'
             f'<target dev="{self.target}" bus="{self.disk.bus}"/>'
             f'{serial}</disk>')

@@ -16,12 +16,15 @@ import contextlib
 import os
 import pathlib
 import pwd
+import shutil
 import stat
 import subprocess
+import tempfile
 import time
 
 import fixtures
 import libvirt
+import testtools
 
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as our_guests
@@ -225,15 +228,18 @@ class ScratchTest(test_flows.SnapshotTestCase):
 
     def setUp(self):
         super().setUp()
+        self._use_guest()
+        self.set('_LEAST_AHEAD', 16 * guests.MIB)
+
+    def _use_guest(self, **changes):
         self.used_guest = self.guest(
-            guests.Disk('raw', size=256 * guests.MIB), churn=True, pace_ms=0,
-            start=False)
+            guests.Disk('raw', size=256 * guests.MIB, **changes), churn=True,
+            pace_ms=0, start=False)
         # Overwriting what was never written takes no room in the scratch.
         images.run('qemu-io', '-f', 'raw', '-c', 'write -q -P 0x5a 0 256M',
                    self.used_guest.disks[0].path)
         self.used_guest.start()
         self.ours_ = self.ours(self.used_guest)
-        self.set('_LEAST_AHEAD', 16 * guests.MIB)
 
     def set(self, name, value):
         self.useFixture(fixtures.MonkeyPatch(
@@ -317,23 +323,60 @@ class ScratchTest(test_flows.SnapshotTestCase):
             self.assert_unharmed()
 
     def test_read_only_scratch_ends_the_job_before_the_guest_writes(self):
-        scratch = self._mounted(
-            'mkfs.ext4', '-q', '-e', 'remount-ro', '-O', '^has_journal',
-            mib=300)
-        device = images.run('findmnt', '-no', 'SOURCE', scratch).strip()
+        scratch = self._damageable()
         guest = self.used_guest
         guest.domain.suspend()
-        with contextlib.ExitStack() as stack:
-            frozen = stack.enter_context(self.frozen_disk(scratch))
-            # As the kernel does when it finds the file system damaged.
-            pathlib.Path('/sys/fs/ext4', os.path.basename(device),
-                         'trigger_fs_error').write_text('1')
+        with self._directory_left(), self.frozen_disk(scratch) as frozen:
+            self._damage(scratch)
             self.assert_ended_in_time(frozen, 'Read-only file system')
             guest.domain.resume()
             self.assert_unharmed()
-            # Its directory is not removed before it can be.
-            error = self.assertRaises(exception.UndoFailed, stack.close)
-        self.assertIn('remove_directory', str(error))
+
+    def test_guest_whose_disk_stops_at_errors_sees_none_of_the_scratch(self):
+        # As if it wrote before anybody looked, which it does for sure then.
+        self.set('_CHECK_S', 1000.0)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.scratch.Files.check_at_no_cost',
+            lambda files: None))
+        self.used_guest.destroy()
+        self._use_guest(error_policy='stop')
+        scratch = self._damageable()
+        with self._directory_left(), self.frozen_disk(scratch) as frozen:
+            self._damage(scratch)
+            self.assert_ended_in_time(frozen, 'paused by an I/O error')
+            self.assert_unharmed()
+
+    def test_scratch_in_memory(self):
+        scratch = pathlib.Path(tempfile.mkdtemp(dir='/dev/shm'))
+        self.addCleanup(shutil.rmtree, scratch)
+        scratch.chmod(0o755)
+        self.assertEqual('tmpfs', images.run(
+            'stat', '-f', '-c', '%T', scratch).strip())
+        before = self.used_guest.wait_writes_on()
+        result, image = self.take(
+            self.used_guest, 'backup', scratch_directory=str(scratch))
+        self.assertEqual('backup', result.flow)
+        self.assert_good(image, before, self.used_guest.counter())
+        self.assertEqual([], list(scratch.iterdir()))
+        self.assert_unharmed()
+
+    def _damageable(self) -> pathlib.Path:
+        return self._mounted(
+            'mkfs.ext4', '-q', '-e', 'remount-ro', '-O', '^has_journal',
+            mib=300)
+
+    def _damage(self, scratch: pathlib.Path) -> None:
+        """As the kernel does when it finds the file system damaged."""
+        device = images.run('findmnt', '-no', 'SOURCE', scratch).strip()
+        pathlib.Path('/sys/fs/ext4', os.path.basename(device),
+                     'trigger_fs_error').write_text('1')
+
+    @contextlib.contextmanager
+    def _directory_left(self):
+        """Its directory is not removed before it can be."""
+        with testtools.ExpectedException(
+                exception.UndoFailed, '.*remove_directory'):
+            yield
         [log] = self.state.iterdir()
         [left] = undo.read(str(log)).pending.values()
         self.assertEqual('remove_directory', left.step)
