@@ -232,7 +232,7 @@ def let_taking_end(around: undo.Surroundings, guest: guests.Guest,
 
 
 def wait_for_call(guest: guests.Guest,
-                   is_over: collections.abc.Callable[[], bool]) -> None:
+                  is_over: collections.abc.Callable[[], bool]) -> None:
     """Wait for a call of libvirt that a dead owner may have left under way.
 
     A guest that libvirt has paused for it while no job is there stands still
@@ -385,8 +385,8 @@ def delete(guest: guests.Guest, record: domain_records.Record,
            records: domain_records.Records, host: hosts.Host) -> None:
     """Delete one from the disks of a guest, and its record.
 
-    An external one as :func:`external_merge.delete` does. Of a guest that is gone nothing is deleted: ``records.forget()`` is for
-    that.
+    An external one as :func:`external_merge.delete` does. Of a guest that is
+    gone nothing is deleted: ``records.forget()`` is for that.
 
     :raises GuestBusy: if a snapshot, a rollback, or a job of it is under way
     :raises UndoFailed: if it can't be deleted now; the next snapshot of the

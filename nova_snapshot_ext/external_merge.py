@@ -65,6 +65,18 @@ class Merge:
     def lower(self) -> disks_.Layer:
         return disks_.Layer(self.base, self.format)
 
+    def check(self) -> None:
+        """:raises ValueError: if it is of other files than we make: a log may
+            be another user's than who runs it
+        """
+        for path in (self.top, *self.above):
+            if not external_files.is_ours(path) or os.path.islink(path):
+                raise ValueError(f'{path} is not an overlay of ours')
+        if os.path.dirname(self.top) != os.path.dirname(self.base) or (
+                external_files.is_ours(self.base)
+                and os.path.islink(self.base)):
+            raise ValueError(f'{self.base} is not what {self.top} is made of')
+
 
 @undo.step
 def merge_external_snapshot(
@@ -87,6 +99,7 @@ def merge_external_snapshot(
     records = domain_records.Records(state_directory, uuid)
     for fields in merges:
         merge = Merge(**fields)
+        merge.check()
         _merge(around, merge, _record(records, child))
         record = _record(records, child)
         if record is not None:
@@ -241,6 +254,11 @@ def delete(guest: guests.Guest, record: domain_records.Record,
     undo.finish_left_over(records.state_directory, guest, host)
     with guards.Guard() as guard, undo.UndoLog.create(
             records.state_directory, guest, host) as log:
+        # What was left over may have changed it, or been its deletion.
+        found = _record(records, record.name)
+        if found is None:
+            return
+        record = found
         _check_no_job(guest, record)
         arguments = _plan(guest, record, records)
         guard.watch(log)

@@ -104,9 +104,13 @@ class Way:
     done: bool = False
 
     def obstacle(self) -> str | None:
-        return obstacle(self.guest, self.record, next(
-            (each for each in self.records.all()
-             if each.name == self.records.current), None))
+        found = {record.name: record for record in self.records.all()}
+        if self.record.name not in found:
+            return 'it is deleted by now'
+        # A merge that was left over may have changed it.
+        self.record = found[self.record.name]
+        return obstacle(self.guest, self.record,
+                        found.get(self.records.current or ''))
 
     def go(self, log: undo.UndoLog) -> None:
         """Go, or come back; nothing of ours is left either way."""

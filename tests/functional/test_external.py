@@ -597,8 +597,9 @@ class KilledTest(ExternalTestCase, test_killed.KilledTestCase):
                 for number, step in list(enumerate(steps, 1))[begin::EVERY]:
                     name = self._two(guest, first_one)
                     since = time.monotonic()
-                    self._kill(self._process(test_domain.DELETE, guest, name, number),
-                               step, guard_too)
+                    self._kill(self._process(
+                        test_domain.DELETE, guest, name, number), step,
+                        guard_too)
                     self._wait_done(guest)
                     self.assert_lives(guest)
                     print(f'merge killed at {number:2} {step}: all is done '

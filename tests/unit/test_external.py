@@ -219,6 +219,17 @@ class TestObstacle(ExternalTestCase):
             test_domain.MINE))
         self.assertIn('internal snapshots', self.obstacle())
 
+    def test_volume_in_a_file_is_none_of_novas_disks(self) -> None:
+        self.domain.rest += test_domain.NOVA
+        volumes = self.new_directory('volumes')
+        self.overlaid.add_disk('vdc', os.path.join(volumes, 'vdc'), 'raw')
+        self.assertIn('vdc is not a file of its own', self.obstacle())
+        self.take('one')
+        self.assertEqual({'vda', 'vdb'}, set(self.record('one').disks))
+        self.assertEqual(os.path.join(volumes, 'vdc'),
+                         self.overlaid.live['vdc'][0])
+        self.assertEqual(['vdc'], os.listdir(volumes))
+
     def test_limits(self) -> None:
         self.take('one')
         self.assertIn('max_domain_snapshots = 1', self.obstacle(most=1))
@@ -442,8 +453,28 @@ class TestDelete(ExternalTestCase):
         self.assert_present()
         self.assert_clean()
 
+    def test_only_overlays_of_ours_are_merged(self) -> None:
+        self.take('one')
+        good = {'target': 'vdb', 'top': self.overlaid.live['vdb'][0],
+                'base': self.record('one').disks['vdb'], 'format': 'raw',
+                'above': []}
+        os.symlink('/etc/passwd', link := os.path.join(
+            self.disks, f'{test_domain.MINE}.vdb'))
+        for wrong in ({'top': '/etc/passwd'}, {'top': link},
+                      {'base': '/etc/passwd'}, {'base': link},
+                      {'above': ['/etc/passwd']}, {'above': [link]}):
+            self.assertRaises(
+                ValueError, external_merge.merge_external_snapshot,
+                undo.Surroundings(self.guest, self.host),
+                name=self.record('one').name, uuid=fakes.UUID,
+                state_directory=self.state, child=None,
+                merges=[good | wrong], files=[])
+        self.assertEqual([], self.journal.of('blockCommit', 'qemu-img com',
+                                             'qemu-img reb'))
+
     def test_overlay_of_a_disk_that_is_detached_is_not_deleted(self) -> None:
         self.take('one')
+        top = self.overlaid.live['vdb'][0]
         del self.overlaid.live['vdb'], self.overlaid.defined['vdb']
         before = sorted(os.listdir(self.disks))
         self.assertRaises(exception.UndoFailed,
@@ -451,7 +482,7 @@ class TestDelete(ExternalTestCase):
                           undo.Surroundings(self.guest, self.host),
                           name=self.record('one').name, uuid=fakes.UUID,
                           state_directory=self.state, child=None,
-                          merges=[{'target': 'vdb', 'top': before[-1],
+                          merges=[{'target': 'vdb', 'top': top,
                                    'base': self.record('one').disks['vdb'],
                                    'format': 'raw', 'above': []}],
                           files=before)
@@ -664,6 +695,43 @@ class TestKilled(ExternalTestCase):
                     self.assert_right(*left)
                 self.killed_at_each(
                     prepare, lambda: self.delete(title), check)
+
+    def test_deleting_again(self) -> None:
+        """Who repeats what was killed finds what is left of it."""
+        for title, other in (('one', 'two'), ('two', 'one')):
+            for act in (self.delete, self.revert):
+                for then in (title, other):
+                    self.do_after_each(title, act, then)
+
+    def do_after_each(self, title: str,
+                      act: typing.Callable[[str], object],
+                      then: str) -> None:
+        for number in range(self.MOST):
+            self.clear()
+            for each in ('one', 'two'):
+                self.take(each)
+            self.domain.off()
+            chosen = {each.title: each for each in self.records.all()}
+            self.files.left = number
+            with contextlib.suppress(overlays.Killed):
+                self.delete(title)
+            died = self.files.dead
+            self.files.left, self.files.dead = None, False
+            if not died:
+                return
+            # It was chosen before what was left over is finished.
+            self.patch_name(
+                'tests.unit.test_external.ExternalTestCase.record',
+                lambda case, name: chosen[name])
+            try:
+                act(then)
+            except exception.RollbackRefused as error:
+                self.assertIn('deleted by now', str(error))
+                self.assertNotIn(then, self.titles())
+            self.assertIn(self.overlaid.reads(), (
+                self.present, self.held['one'], self.held['two']))
+            self.assert_right(*self.titles())
+        self.fail('it does more than that')
 
     def test_deleting_the_only_one(self) -> None:
         for up in (True, False):
