@@ -21,12 +21,14 @@ is not left frozen because something else hangs.
 import argparse
 import collections.abc
 import contextlib
+import fcntl
 import functools
 import os
 import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -130,8 +132,11 @@ class Guard(contextlib.AbstractContextManager['Guard']):
     def _reset_at(self) -> float | None:
         """What the guard says of it: see :class:`Resets`."""
         if self._process is not None and self._process.stdout is not None:
-            with contextlib.suppress(OSError):
-                self._said += os.read(self._process.stdout.fileno(), 4096)
+            pipe = self._process.stdout.fileno()
+            # Under eventlet a read would wait until something is said.
+            there = int.from_bytes(fcntl.ioctl(
+                pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+            self._said += os.read(pipe, there) if there else b''
         lines = self._said.split(b'\n')[:-1]
         return float(lines[-1]) if lines else None
 

@@ -18,6 +18,7 @@ binding only.
 
 import collections
 import collections.abc
+import contextlib
 import queue
 import threading
 import time
@@ -37,9 +38,8 @@ _STRIDE = 128 * 1024 ** 2
 _QUESTIONS = 2
 #: sizes that differ by less are of one disk: QEMU counts sectors
 _SECTOR = 512
-#: buffers that are being written while as many requests as allowed are in
-#: flight
-_SPARE_BUFFERS = 2
+#: buffers that are written while as many requests as allowed are in flight
+_SPARE_BUFFERS = 8
 
 #: offset and length in bytes
 Piece = tuple[int, int]
@@ -275,11 +275,11 @@ class _Pipeline(threading.Thread):
         self._tempo = tempo
         self._wait = wait
         self._flight: collections.deque[_Buffer] = collections.deque()
+        self._count = in_flight + _SPARE_BUFFERS
+        self._empty = [_Buffer() for _ in range(self._count)]
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[_Buffer | Exception | None] = (
             queue.SimpleQueue())
-        for _ in range(in_flight + _SPARE_BUFFERS):
-            self._free.put(_Buffer())
 
     def results(self) -> collections.abc.Iterator[tuple[int, memoryview]]:
         while (result := self._read.get()) is not None:
@@ -312,14 +312,27 @@ class _Pipeline(threading.Thread):
                 # All of these are answered before there can be a rest.
                 self._tempo.rest and self._tempo.burst >= self._in_flight):
             return False
-        try:
-            buffer = self._free.get(block=not self._flight)
-        except queue.Empty:
+        self._take_free()
+        if not self._empty:
             return False
+        buffer = self._empty.pop()
         self._tempo.sent(piece[1])
         buffer.ask(self._nbd, piece)
         self._flight.append(buffer)
         return True
+
+    def _take_free(self) -> None:
+        """Take the buffers that have been written.
+
+        Whoever reads the image slower than we read the disk makes us wait for
+        half of them: reads that come together leave the guest's disk alone
+        for longer than as many that come one by one.
+        """
+        if not self._empty and not self._flight:
+            self._empty += [self._free.get() for _ in range(self._count // 2)]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._empty.append(self._free.get_nowait())
 
     def _receive(self, wait_s: float) -> None:
         """Hand over what is complete, or wait for what comes next.
