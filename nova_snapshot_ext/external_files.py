@@ -28,8 +28,10 @@ from nova_snapshot_ext import qemu_img
 FORMAT = 'qcow2'
 _TARGET = '[A-Za-z0-9]{1,12}'
 # How long QEMU may take to close one that a job of its has ended with.
-_CLOSE_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 10.0
 _POLL_S = 0.1
+#: of the name of an empty file beside an overlay that is kept by it
+KEPT = '.in-use'
 _OVERLAY = re.compile(r'snapshot-ext-[0-9a-f]{32}\.' + _TARGET)
 
 
@@ -96,11 +98,17 @@ def delete(path: str) -> None:
 
 
 def _check_closed(path: str) -> None:
-    """:raises UndoFailed: if QEMU has it open, whatever libvirt says
+    """:raises UndoFailed: if QEMU has it open, whatever libvirt says, or once
+        had
 
     libvirtd may have died when QEMU had begun to write there and libvirt did
-    not know it yet.
+    not know it yet. Then it holds what the guest has written, also when the
+    guest is off.
     """
+    if os.path.exists(path + KEPT):
+        raise exception.UndoFailed(
+            f'{path} is not deleted: it was in use, though libvirt did not '
+            f'know it ({path}{KEPT})')
     name = disks_.json_name(disks_.layer_options(disks_.Layer(path, FORMAT)))
     deadline = time.monotonic() + _CLOSE_TIMEOUT_S
     while True:
@@ -110,6 +118,8 @@ def _check_closed(path: str) -> None:
             return
         except exception.CommandFailed as error:
             if time.monotonic() > deadline:
+                with open(path + KEPT, 'ab'):
+                    pass
                 raise exception.UndoFailed(
                     f'{path} is not deleted, it may be in use: {error}'
                 ) from error

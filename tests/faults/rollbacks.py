@@ -233,12 +233,13 @@ class Trial(harness.Trial):
             if not guest.domain.hasManagedSaveImage(0):
                 # Nobody wrote to it since: all of one instant.
                 images.check_point_in_time(self._images())
+            self._forget_counter()
             guest.start()
         elif state != 'running':
             raise AssertionError(f'it is {state}')
         if guest.domain.hasManagedSaveImage(0):
             raise AssertionError('it runs and has a managed save')
-        guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
+        self._see_writing()
         guest.domain.suspend()
         try:
             images.check_point_in_time(self._images(), in_use=True)
@@ -298,8 +299,19 @@ class Trial(harness.Trial):
         guest.domain.resume()
         if wrong:
             raise AssertionError(wrong)
-        guest.wait_writes_on()
+        self._see_writing()
         self.command.code = code
+
+    def _forget_counter(self) -> None:
+        """It may count from an earlier instant on."""
+        console = self.subject.guest.console
+        with console.changed:
+            console.counter = 0
+
+    def _see_writing(self) -> None:
+        self._forget_counter()
+        self.subject.guest.wait_counter(1, guests.BOOT_TIMEOUT)
+        self.subject.guest.wait_writes_on()
 
 
 def main() -> int:

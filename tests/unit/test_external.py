@@ -504,8 +504,20 @@ class TestDelete(ExternalTestCase):
         path = os.path.join(self.disks, 'vda')
         self.assertRaises(exception.NotOurs, external_files.delete, path)
         self.take('one')
-        self.assertRaises(exception.UndoFailed, external_files.delete,
-                          self.overlaid.live['vda'][0])
+
+    def test_overlay_that_libvirt_did_not_know_is_kept_for_good(self) -> None:
+        """QEMU writes there, and libvirtd died before it wrote that down."""
+        self.take('one')
+        path = self.overlaid.live['vda'][0]
+        self.assertRaises(
+            exception.UndoFailed, external_files.delete, path)
+        self.domain.off()
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'was in use', external_files.delete, path)
+        self.assertTrue(os.path.exists(path))
+        os.remove(path + external_files.KEPT)
+        external_files.delete(path)
+        self.assertFalse(os.path.exists(path))
 
     def test_guest_that_is_gone_needs_nothing(self) -> None:
         self.take('one')
