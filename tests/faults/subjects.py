@@ -42,7 +42,9 @@ _PATTERNS = tuple((_SIZE // 10 * place // images.AREA * images.AREA
 _PACE_MS = 50
 # Seconds
 _STATE_TIMEOUT_S = 60.0
-_AGENT_TIMEOUT_S = 45.0
+# For an agent that libvirt does not hear of any more
+_SILENT_TIMEOUT_S = 45.0
+_SILENT = 'agent disappeared'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Subject:
 
     def _freeze_status(self) -> str:
         """What its agent says; one that is starting is asked again."""
-        deadline = time.monotonic() + _AGENT_TIMEOUT_S
+        begun = time.monotonic()
         while True:
             try:
                 answer = libvirt_qemu.qemuAgentCommand(
@@ -219,7 +221,9 @@ class Subject:
                     '{"execute": "guest-fsfreeze-status"}', 5, 0)
                 return str(json.loads(answer)['return'])
             except libvirt.libvirtError as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > begun + (
+                        _SILENT_TIMEOUT_S if _SILENT in str(error)
+                        else guests.BOOT_TIMEOUT):
                     return str(error)
             time.sleep(0.2)
 
