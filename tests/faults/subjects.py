@@ -80,7 +80,7 @@ class Subject:
             _write_pattern(self.disk.image)
         self.guest.start()
         if kind.agent:
-            self.guest.wait_agent()
+            self.guest.wait_agent(guests.BOOT_TIMEOUT)
         if kind.off:
             self.guest.domain.destroy()
         #: why libvirt can't ask its agent whether it is frozen, though it
@@ -263,7 +263,7 @@ class Subject:
         elif state == 'paused':
             self.guest.domain.resume()
         if self.kind.agent:
-            self.guest.wait_agent()
+            self.guest.wait_agent(guests.BOOT_TIMEOUT)
         self.guest.wait_writes_on(timeout_s=guests.BOOT_TIMEOUT)
 
     def _delete_internal_snapshots(self) -> None:

@@ -42,7 +42,7 @@ BACKING_OFFSET = 64 * 1024
 BACKING_DATA = bytes(range(256)) * 1024
 
 # Seconds for a boot on a busy machine without KVM; alone it takes three.
-BOOT_TIMEOUT = 120
+BOOT_TIMEOUT = int(os.environ.get('NOVA_SNAPSHOT_EXT_BOOT_TIMEOUT', '120'))
 
 Kind = ty.Literal['overlay', 'qcow2', 'raw', 'block']
 
