@@ -161,10 +161,14 @@ def chain_of(disk: Disk) -> tuple[Layer, ...]:
         for layer in (top, *disk.backing):
             _check_header(layer)
         return (top, *disk.backing)
-    return _chain_from_headers(top)
+    return chain_from_headers(top)
 
 
-def _chain_from_headers(top: Layer) -> tuple[Layer, ...]:
+def chain_from_headers(top: Layer) -> tuple[Layer, ...]:
+    """Every layer below one, its own first, where libvirt does not tell.
+
+    :raises UnsafeDisk: as :func:`chain_of`
+    """
     layers = [top]
     while layers[-1].format == 'qcow2':
         _check_header(layers[-1])

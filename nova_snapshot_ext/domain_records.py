@@ -52,10 +52,21 @@ class Rollback(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Files:
+    """What an external snapshot is made of, beside the files of its disks."""
+
+    #: format of the file of each disk, by target
+    formats: dict[str, str]
+    #: path of the file with its memory, '' if that is no part of it
+    memory: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """One domain snapshot that is in the disks of a guest."""
 
-    #: of the internal snapshots, and libvirt's
+    #: of the internal snapshots, and libvirt's; of an external one, what the
+    #: names of the overlays begin with that were made for it
     name: str
     #: the domain's
     uuid: str
@@ -69,7 +80,8 @@ class Record:
     rollback: Rollback
     #: ISO 8601, UTC
     taken_at: str
-    #: path of each disk that is in it, by target
+    #: path of each disk that is in it, by target; of an external one, the
+    #: file that nobody writes to any more
     disks: dict[str, str]
     #: the size of each of them in bytes, by target
     capacities: dict[str, int]
@@ -80,6 +92,12 @@ class Record:
     host_cpu: str = ''
     #: what the caller wanted kept; of JSON's types
     extra: dict[str, typing.Any] = dataclasses.field(default_factory=dict)
+    #: None of an internal one
+    files: Files | None = None
+
+    @property
+    def external(self) -> bool:
+        return self.files is not None
 
 
 class Records:
@@ -146,10 +164,17 @@ class Records:
 
     def add(self, record: Record) -> None:
         """Keep one; the guest's state descends from it from now on."""
-        self._write(self._path(record.name), json.dumps(
-            {'domain_snapshot': VERSION, **dataclasses.asdict(record),
-             'rollback': record.rollback.value}, indent=1))
+        self.replace(record)
         self.set_current(record.name)
+
+    def replace(self, record: Record) -> None:
+        """Write one anew that is there; the guest's state is where it is."""
+        fields = {'domain_snapshot': VERSION, **dataclasses.asdict(record),
+                  'rollback': record.rollback.value}
+        if record.files is None:
+            # As before there were others.
+            del fields['files']
+        self._write(self._path(record.name), json.dumps(fields, indent=1))
 
     def remove(self, name: str) -> None:
         """Drop one; what descends from it descends from its parent then.
@@ -161,7 +186,8 @@ class Records:
             gone = self._read(name)
             for record in self.readable():
                 if record.parent == name:
-                    self._write_again(record, gone.parent)
+                    self.replace(dataclasses.replace(
+                        record, parent=gone.parent))
             if self.current == name:
                 self.set_current(gone.parent)
             os.unlink(self._path(name))
@@ -174,11 +200,6 @@ class Records:
             shutil.rmtree(self.directory)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(self.directory))
-
-    def _write_again(self, record: Record, parent: str | None) -> None:
-        current = self.current
-        self.add(dataclasses.replace(record, parent=parent))
-        self.set_current(current)
 
     def _names(self) -> list[str]:
         try:
@@ -201,8 +222,10 @@ class Records:
                 fields = json.load(file)
             if fields.pop('domain_snapshot') != VERSION:
                 raise ValueError(f'this is for version {VERSION}')
+            files = fields.get('files')
             return Record(**fields | {
-                'rollback': Rollback(fields['rollback'])})
+                'rollback': Rollback(fields['rollback']),
+                'files': None if files is None else Files(**files)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise exception.SnapshotError(
                 f'{path} is not the record of a domain snapshot: {error}'

@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
@@ -58,8 +59,12 @@ def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
             and (elsewhere or os.path.dirname(disk.path) == root)))
 
 
-def why_no_memory(guest: guests.Guest) -> str | None:
-    """What of a guest would not go back with its memory, None if all does."""
+def why_no_memory(guest: guests.Guest,
+                  held: tuple[disks_.Disk, ...] | None = None) -> str | None:
+    """What of a guest would not go back with its memory, None if all does.
+
+    :param held: the disks that would, None for those of an internal snapshot
+    """
     why = guest.why_not_savable()
     if why is not None:
         return why
@@ -75,11 +80,13 @@ def why_no_memory(guest: guests.Guest) -> str | None:
     if guest.has_console_password():
         return ('it has a password for its console, which is not kept with '
                 'its memory')
-    held = held_disks(guest)
+    kind = 'a qcow2 file' if held is None else 'a file'
+    if held is None:
+        held = held_disks(guest)
     for disk in guest.disks():
         if disk not in held and not disk.readonly and (
                 disk.path or disk.kind not in ('file', 'block')):
-            return (f'{disk.target} is not a qcow2 file of its own: it would '
+            return (f'{disk.target} is not {kind} of its own: it would '
                     f'not go back with the memory, which would destroy the '
                     f'file systems on it')
     return None
@@ -218,14 +225,14 @@ def let_taking_end(around: undo.Surroundings, guest: guests.Guest,
     that the guest goes on after it.
     """
     if around.owner_died:
-        _wait_for_call(
+        wait_for_call(
             guest, lambda: guest.domain_snapshot(name) is not None)
     if guest.is_paused_by_snapshot():
         guest.resume()
 
 
-def _wait_for_call(guest: guests.Guest,
-                   is_over: collections.abc.Callable[[], bool]) -> None:
+def wait_for_call(guest: guests.Guest,
+                  is_over: collections.abc.Callable[[], bool]) -> None:
     """Wait for a call of libvirt that a dead owner may have left under way.
 
     A guest that libvirt has paused for it while no job is there stands still
@@ -371,20 +378,23 @@ def let_call_end(guest: guests.Guest, life: str | None) -> None:
         if guest.state() is guests.State.SHUTOFF:
             return time.monotonic() - begun > _REACHED_S
         return guest.life() != life
-    _wait_for_call(guest, is_over)
+    wait_for_call(guest, is_over)
 
 
 def delete(guest: guests.Guest, record: domain_records.Record,
            records: domain_records.Records, host: hosts.Host) -> None:
     """Delete one from the disks of a guest, and its record.
 
-    Of a guest that is gone nothing is deleted: ``records.forget()`` is for
-    that.
+    An external one as :func:`external_merge.delete` does. Of a guest that is
+    gone nothing is deleted: ``records.forget()`` is for that.
 
     :raises GuestBusy: if a snapshot, a rollback, or a job of it is under way
     :raises UndoFailed: if it can't be deleted now; the next snapshot of the
         guest, or recovery, tries it again
     """
+    if record.external:
+        external_merge.delete(guest, record, records, host)
+        return
     undo.finish_left_over(records.state_directory, guest, host)
     with undo.UndoLog.create(records.state_directory, guest, host) as log:
         job = guest.job()

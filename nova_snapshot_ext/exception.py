@@ -96,6 +96,11 @@ class RollbackRefused(SnapshotError):
     """A guest can't go back to a snapshot; it was not touched."""
 
 
+class DeletionRefused(SnapshotError):
+    """A domain snapshot can't be deleted as things are; nothing was touched.
+    """
+
+
 class FreezeFailed(SnapshotError):
     """The guest's disks could not be frozen; the guest is as it was."""
 

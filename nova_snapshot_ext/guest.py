@@ -76,6 +76,11 @@ _COMPLETED = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_REQ,
 _TOOK_NS = (libvirt.VIR_DOMAIN_BLOCK_STATS_READ_TOTAL_TIMES,
             libvirt.VIR_DOMAIN_BLOCK_STATS_WRITE_TOTAL_TIMES,
             libvirt.VIR_DOMAIN_BLOCK_STATS_FLUSH_TOTAL_TIMES)
+# What is written back is written as operators know it.
+for _prefix, _uri in (
+        ('nova', 'http://openstack.org/xmlns/libvirt/nova/1.1'),
+        ('qemu', 'http://libvirt.org/schemas/domain/qemu/1.0')):
+    ElementTree.register_namespace(_prefix, _uri)
 # Whose errors say that a call did not come through, or its answer.
 _CONNECTION = (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE)
 
@@ -870,6 +875,104 @@ class Guest:
                 'revertToSnapshot',
                 self._domain.once('snapshotLookupByName', name))
 
+    # Its external snapshots: files beside those of its disks
+
+    def take_external_snapshot(self, description: str, memory: bool) -> None:
+        """Have it write into overlays made beforehand from one instant on.
+
+        libvirt keeps nothing of it but the new paths of the disks.
+
+        :param description: XML, ``<domainsnapshot>``
+        :param memory: whether its memory is written into a file as well
+        :raises LibvirtError: as :meth:`save_memory`
+        """
+        self.activate_disks()
+        flags = (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+                 | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+                 | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)
+        if not memory:
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        with self._calling('External snapshot'):
+            self._domain.once('snapshotCreateXML', description, flags)
+
+    def start_commit(self, target: str, base: str, top: str,
+                     active: bool) -> None:
+        """Commit a layer of a disk into the one below, while it is up.
+
+        :param active: the layer is what the guest writes to: when both are
+            equal :meth:`pivot` has it write to the lower one
+        """
+        self.activate_disks()
+        with self._calling(f'Commit of {target}'):
+            self._domain.blockCommit(
+                target, base, top, 0,
+                libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
+
+    def pivot(self, target: str) -> None:
+        """End a job whose ends are equal, and write to its other end."""
+        with self._calling(f'Pivot of {target}'):
+            self._domain.blockJobAbort(
+                target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    def defined_disks(self) -> dict[str, str]:
+        """The path of each disk in its definition, by target: what it is
+        made of from its next start on."""
+        with self._calling('Description'):
+            root = _parsed(self._domain.XMLDesc(
+                libvirt.VIR_DOMAIN_XML_INACTIVE))
+        found = map(disk.Disk.from_element,
+                    root.findall('./devices/disk'))
+        return {each.target: each.path for each in found}
+
+    def define_disks(
+            self, files: collections.abc.Mapping[str, disk.Layer]) -> None:
+        """Change the files that its disks are made of from its next start on.
+
+        :param files: by target
+        """
+        with self._calling('Description'):
+            root = _parsed(self._domain.XMLDesc(
+                libvirt.VIR_DOMAIN_XML_INACTIVE
+                | libvirt.VIR_DOMAIN_XML_SECURE))
+        _change_disks(root, files)
+        xml = ElementTree.tostring(root, encoding='unicode')
+        with self._calling('Definition'):
+            self._domain.call(lambda domain: domain.connect().defineXML(xml))
+
+    def restore_memory(
+            self, path: str,
+            files: collections.abc.Mapping[str, disk.Layer]) -> None:
+        """Start it with the memory of an external snapshot, running or paused
+        as it was then.
+
+        :param path: of the file with the memory
+        :param files: what its disks are made of now, by target
+        :raises LibvirtError: as :meth:`save_memory`
+        """
+        with self._calling(f'Memory in {path}'):
+            root = _parsed(self._domain.call(
+                lambda domain: domain.connect().saveImageGetXMLDesc(path)))
+        _change_disks(root, files)
+        with self._calling(f'Rollback to {path}'):
+            self._domain.once('connect').restoreFlags(
+                path, ElementTree.tostring(root, encoding='unicode'))
+
+    def remove_managed_save_of(
+            self, paths: collections.abc.Container[str]) -> None:
+        """Remove a managed save that would start it from other files than
+        its own.
+
+        :param paths: of those files
+        """
+        if not self.has_managed_save():
+            return
+        with self._calling('Managed save'):
+            root = _parsed(self._domain.managedSaveGetXMLDesc())
+        if any(disk.Disk.from_element(element).path in paths
+               for element in root.findall('./devices/disk')):
+            with self._calling('Removal of a managed save'):
+                self._domain.managedSaveRemove(0)
+
     def destroy(self) -> None:
         """Turn it off at once. QEMU writes what it holds back of its disks."""
         with self._calling('Stop'):
@@ -926,6 +1029,29 @@ class Guest:
         with self._calling('Time'):
             self._domain.setTime({'seconds': now_ns // 10 ** 9,
                                   'nseconds': now_ns % 10 ** 9})
+
+
+def _change_disks(
+        root: ElementTree.Element,
+        files: collections.abc.Mapping[str, disk.Layer]) -> None:
+    """Change the files of disks in a ``<domain>``.
+
+    libvirt finds what they are based on in their headers, which are ours.
+    """
+    for element in root.findall('./devices/disk'):
+        layer = files.get(disk.target_of(element))
+        if layer is None:
+            continue
+        source, driver = element.find('source'), element.find('driver')
+        if source is None or driver is None:
+            raise exception.SnapshotError(
+                f'{disk.target_of(element)} has no file or no format')
+        source.attrib.pop('index', None)
+        source.set('file', layer.path)
+        driver.set('type', layer.format)
+        for name in ('backingStore', 'mirror'):
+            for old in element.findall(name):
+                element.remove(old)
 
 
 def _parsed(xml: str) -> ElementTree.Element:

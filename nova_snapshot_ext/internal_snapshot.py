@@ -117,7 +117,7 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
         # The guest may start, stop or go meanwhile: then the other way is
         # the right one, and the next round takes it.
         try:
-            with _as_it_is(around) as guest:
+            with as_it_is(around) as guest:
                 if power.is_gone(around) or (
                         not has_snapshot(guest, path, name)):
                     return
@@ -134,7 +134,7 @@ def delete_internal_snapshot(around: undo.Surroundings, path: str,
         except exception.SnapshotError as error:
             LOG.debug('Deleting snapshot %s of %s: %s', name, path, error)
             time.sleep(0.2)
-    with _as_it_is(around) as guest:
+    with as_it_is(around) as guest:
         if not power.is_gone(around) and has_snapshot(guest, path, name):
             raise exception.UndoFailed(
                 f'The internal snapshot {name} of {path} can not be deleted')
@@ -167,13 +167,13 @@ def apply_again(around: undo.Surroundings, path: str, name: str) -> None:
     if around.owner_died:
         end_qemu_img(name)
     if has_snapshot(None, path, name):
-        with _own(around, path):
+        with own(around, path):
             _qemu_img_snapshot('-a', name, path)
 
 
 @contextlib.contextmanager
-def _as_it_is(around: undo.Surroundings,
-              ) -> collections.abc.Iterator[guests.Guest | None]:
+def as_it_is(around: undo.Surroundings,
+             ) -> collections.abc.Iterator[guests.Guest | None]:
     """Give a guest that is on; have one that is not stay so, and give None.
 
     One that is being rebooted by Nova is off and gone for a while; and its
@@ -206,7 +206,7 @@ def _delete_snapshot(around: undo.Surroundings, guest: guests.Guest | None,
                      path: str, name: str) -> None:
     """:param guest: None if it is off"""
     if guest is None:
-        with _own(around, path):
+        with own(around, path):
             _qemu_img_snapshot('-d', name, path)
         return
     node = guest.format_node(path)
@@ -220,8 +220,8 @@ def _delete_snapshot(around: undo.Surroundings, guest: guests.Guest | None,
 
 
 @contextlib.contextmanager
-def _own(around: undo.Surroundings,
-         path: str) -> collections.abc.Iterator[None]:
+def own(around: undo.Surroundings,
+        path: str) -> collections.abc.Iterator[None]:
     """Have a disk whose guest was stopped, and that libvirt gave to root.
 
     Should this process die in here, it stays this user's until libvirt takes

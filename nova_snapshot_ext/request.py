@@ -42,6 +42,8 @@ class DomainSnapshot:
 
     #: whether the memory of a guest that is up is part of it
     memory: bool = True
+    #: in files of its own, and not within those of the disks
+    external: bool = False
     #: of the image that is made, where it is known by now
     image_id: str = ''
     title: str = ''

@@ -24,32 +24,25 @@ import contextlib
 import dataclasses
 import os
 import time
-from xml.etree import ElementTree
 
 from oslo_log import log as logging
 
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
-from nova_snapshot_ext.flows import base
+from nova_snapshot_ext import external_rollback
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
+from nova_snapshot_ext import rollback_obstacles
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
 
 LOG = logging.getLogger(__name__)
 
-# Where a guest is on the host: others may have what it had then.
-_PLACEMENT = {
-    'the CPUs of the host that it is given (cputune)': './cputune',
-    'its NUMA nodes of the host (numatune)': './numatune',
-    'its pages of memory (memoryBacking)': './memoryBacking',
-    'its own NUMA nodes (cpu)': './cpu/numa',
-}
 # How long the guest agent may take to open its channel anew.
 _AGENT_S = 3.0
 
@@ -79,25 +72,14 @@ def obstacle(guest: guests.Guest,
     :returns: words that an operator understands
     :raises GuestGone: if there is no guest any more
     """
-    why = _why_not_now(guest) or _why_other_disks(guest, record)
+    why = (rollback_obstacles.why_not_now(
+        guest, domain_snapshot.held_disks(guest))
+        or _why_other_disks(guest, record))
     if why is None and not is_there(guest, record):
         why = 'its disks do not hold that snapshot any more'
     if why is None and record.rollback is domain_records.Rollback.MEMORY:
         why = _why_not_its_memory(guest, record)
     return why
-
-
-def _why_not_now(guest: guests.Guest) -> str | None:
-    state = guest.state()
-    if state is guests.State.OTHER:
-        return f'the guest is {state.value}'
-    if not guest.is_persistent():
-        return 'the guest is transient: turned off, it would be gone'
-    if guest.has_managed_save():
-        return 'its memory is saved (suspended), and would be lost'
-    if state is guests.State.SHUTOFF:
-        return None
-    return base.why_no_job_can_start(guest, domain_snapshot.held_disks(guest))
 
 
 def _why_other_disks(guest: guests.Guest,
@@ -120,27 +102,8 @@ def _why_other_disks(guest: guests.Guest,
 
 def _why_not_its_memory(guest: guests.Guest,
                         record: domain_records.Record) -> str | None:
-    why = domain_snapshot.why_no_memory(guest)
-    if why is not None:
-        return why
-    # libvirt's own words, kept by us.
-    then = ElementTree.fromstring(  # nosec B314
-        record.domain_xml).find('./domain')
-    if then is None:
-        return 'what is kept of it does not say what the domain was'
-    now = guest.description()
-    for what, path in (('memory', './memory'), ('CPUs', './vcpu')):
-        if then.findtext(path) != now.findtext(path):
-            return (f'its {what} were {then.findtext(path)} then and are '
-                    f'{now.findtext(path)} now')
-    for what, path in _PLACEMENT.items():
-        if _canonical(then, path) != _canonical(now, path):
-            return f'{what} were others then, which it would be given again'
-    if _interfaces(then) != _interfaces(now):
-        return 'it has other network interfaces than it had then'
-    if record.host_cpu and record.host_cpu != guest.host_cpu():
-        return 'the host has another CPU than the one that it was given then'
-    why = guest.why_host_can_not_run(then)
+    why = (domain_snapshot.why_no_memory(guest)
+           or rollback_obstacles.why_other_machine(guest, record))
     if why is not None:
         return why
     if guest.state() is not guests.State.SHUTOFF:
@@ -150,17 +113,6 @@ def _why_not_its_memory(guest: guests.Guest,
             return (f'its present memory may take {memory} bytes in '
                     f'{directory} meanwhile, where {free} are free')
     return None
-
-
-def _canonical(domain: ElementTree.Element, path: str) -> str:
-    found = domain.find(path)
-    return '' if found is None else ElementTree.canonicalize(
-        ElementTree.tostring(found, encoding='unicode'), strip_text=True)
-
-
-def _interfaces(domain: ElementTree.Element) -> set[str]:
-    return {mac.get('address', '') for mac in
-            domain.findall('./devices/interface/mac')}
 
 
 def revert(guest: guests.Guest, record: domain_records.Record,
@@ -181,13 +133,14 @@ def revert(guest: guests.Guest, record: domain_records.Record,
     """
     undo.finish_left_over(records.state_directory, guest, host)
     was_up = guest.life() is not None
-    way = _Way(guest, record, records, frozen.Pause())
+    way = (external_rollback.Way if record.external else _Way)(
+        guest, record, records, frozen.Pause())
     try:
         with contextlib.ExitStack() as stack:
             guard = stack.enter_context(guards.Guard())
             log = stack.enter_context(undo.UndoLog.create(
                 records.state_directory, guest, host))
-            why = obstacle(guest, record)
+            why = way.obstacle()
             if why is not None:
                 raise exception.RollbackRefused(
                     f'{guest.name} can not go back to {record.name}: {why}')
@@ -218,6 +171,9 @@ class _Way:
     pause: frozen.Pause
     #: whether the guest is where it was to go
     done: bool = False
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.guest, self.record)
 
     def go(self, log: undo.UndoLog) -> None:
         """Go, or come back; nothing of ours is left either way."""

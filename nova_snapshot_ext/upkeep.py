@@ -191,7 +191,9 @@ class Upkeep:
         """Delete what can be deleted now; the rest is left for later."""
         records = self._records(instance.uuid)
         try:
-            for record in unwanted:
+            # The youngest first: of external ones, nothing descends from it
+            # but what the server writes to.
+            for record in reversed(unwanted):
                 domain_snapshot.delete(
                     self._guest_of(instance), record, records,
                     self._host_of(instance))

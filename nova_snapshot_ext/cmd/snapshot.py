@@ -63,7 +63,8 @@ exit codes:
   {FAILED}  it failed; the guest is as it was, or its guard sees to that
   {USAGE}  the command line is not valid
   {REFUSED}  refused before the guest was touched: no flow can serve, a value
-     is not allowed, there is not enough room, or it can not go back
+     is not allowed, there is not enough room, it can not go back, or a
+     snapshot can not be deleted as things are
   {NO_DOMAIN}  there is no such domain
   {BUSY}  another snapshot of the domain is in flight
 """
@@ -107,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
                              '(default: %(default)s)')
     create.add_argument('--no-memory', action='store_true',
                         help='have the flow domain keep the disks alone')
+    create.add_argument('--external', action='store_true',
+                        help='have the flow domain keep the snapshot in '
+                             'files of its own, and the disk write into an '
+                             'overlay')
     create.add_argument('--verify-hash', action='store_true',
                         help='compare the hash of what arrived')
     flows = commands.add_parser(
@@ -175,7 +180,7 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
         return _fail(error, BUSY)
     except (exception.InvalidSetting, exception.NoFlowServes,
             exception.NotEnoughRoom, exception.UnsafeDisk,
-            exception.RollbackRefused) as error:
+            exception.RollbackRefused, exception.DeletionRefused) as error:
         return _fail(error, REFUSED)
     except (exception.SnapshotError, OSError) as error:
         return _fail(error, FAILED)
@@ -240,6 +245,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         may_stop=options.force or not guest.belongs_to_nova(),
         domain=requests.DomainSnapshot(
             memory=not getattr(options, 'no_memory', False),
+            external=getattr(options, 'external', False),
             title=getattr(options, 'name', None) or _default_name(guest),
             most=configuration.max_domain_snapshots,
             most_gb=configuration.max_domain_snapshots_gb))
@@ -304,6 +310,10 @@ def _flows(options: argparse.Namespace, configuration: typing.Any,
 
 def _create(options: argparse.Namespace, configuration: typing.Any,
             guest: guests.Guest) -> int:
+    if options.external and options.flow != 'domain':
+        raise exception.InvalidSetting(
+            '--flow', options.flow or '(none)',
+            '--external is for --flow domain')
     names = configuration.flows if options.flow is None else [options.flow]
     wished = selection.Wish(
         tuple(names), '[snapshot_ext] flows' if options.flow is None
@@ -393,6 +403,7 @@ def _tree(options: argparse.Namespace, configuration: typing.Any,
                 'name': record.name, 'title': record.title,
                 'parent': record.parent, 'image': record.image_id,
                 'rollback': record.rollback.value,
+                'external': record.external,
                 'taken_at': record.taken_at} for record in records.all()]}))
     else:
         _draw(records.all(), current, None, '')
@@ -405,6 +416,7 @@ def _draw(records: list[domain_records.Record], current: str | None,
     for record in records:
         if record.parent == parent:
             print(f'{indent}{record.title}: {record.rollback.value}, '
+                  f'{"external, " * record.external}'
                   f'{record.taken_at[:19]}Z, {record.image_id}')
             _draw(records, current, record.name, indent + '  ')
     if records and current == parent:

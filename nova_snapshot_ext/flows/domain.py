@@ -12,9 +12,9 @@
 
 """The flow ``domain``: a snapshot that stays, and can be rolled back to.
 
-A domain snapshot of the guest is taken, internal in its qcow2 files, with its
-memory or without. The image is read from it while the guest runs on. Once the
-image is whole the snapshot stays in the disks.
+A domain snapshot of the guest is taken, with its memory or without: internal
+in its qcow2 files, or, without Nova, of files of its own. The image is read
+from it while the guest runs on. Once the image is whole the snapshot stays.
 """
 
 import collections.abc
@@ -24,6 +24,8 @@ import os
 from nova_snapshot_ext import disk_source
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
+from nova_snapshot_ext import external_rollback  # noqa: F401 # undo steps
+from nova_snapshot_ext import external_snapshot
 from nova_snapshot_ext.flows import base
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
@@ -45,6 +47,8 @@ class DomainFlow(base.Flow):
             return f'the guest is {state.value}'
         if not guest.is_persistent():
             return 'the guest is transient: it could not go back'
+        if request.domain.external:
+            return external_snapshot.obstacle(guest, disks, request)
         held = domain_snapshot.held_disks(guest)
         targets = {disk.target for disk in held}
         for disk in disks:
@@ -70,9 +74,13 @@ class DomainFlow(base.Flow):
             sources = [disk_source.DiskSource(guest, disk) for disk in disks]
             sockets = workspace.make_socket_directory(request, log)
             pause = frozen.Pause()
-            taken = domain_snapshot.take(guest, request, log, pause)
-            for source in sources:
-                source.snapshot = taken.record.name
+            if request.domain.external:
+                # They are what is below the overlays by then.
+                taken = external_snapshot.take(guest, request, log, pause)
+            else:
+                taken = domain_snapshot.take(guest, request, log, pause)
+                for source in sources:
+                    source.snapshot = taken.record.name
             yield frozen.Frozen(
                 tuple(stack.enter_context(source.serving(sockets, log))
                       for source in sources),
@@ -96,6 +104,9 @@ def _why_no_room(guest: guests.Guest, held: base.Disks, with_memory: bool,
     wish = request.domain
     records = domain_records.Records(
         request.state_directory, guest.uuid).all()
+    if any(record.external for record in records):
+        return ('it has external snapshots, which it could not go back to '
+                'then: delete them before')
     if len(records) >= wish.most:
         return (f'it has {len(records)} domain snapshots, and [snapshot_ext] '
                 f'max_domain_snapshots = {wish.most}: delete the image of one')

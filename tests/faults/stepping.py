@@ -51,9 +51,12 @@ from nova_snapshot_ext import undo
 #: what changes a guest
 CALLS = ('save_memory', 'start', 'suspend', 'resume', 'begin_backup',
          'start_copy', 'end_block_job', 'end_backup', 'freeze_filesystems',
-         'thaw_filesystems')
+         'thaw_filesystems', 'take_domain_snapshot', 'revert_to',
+         'define_domain_snapshot', 'forget_domain_snapshot', 'destroy',
+         'take_external_snapshot', 'restore_memory', 'define_disks',
+         'start_commit', 'pivot')
 #: what is worth being held at of qemu-img's commands
-COMMANDS = ('create', 'snapshot', 'convert')
+COMMANDS = ('create', 'snapshot', 'convert', 'commit', 'rebase')
 
 #: the exit code of one that ended by an error that it should have caught
 FAILED = 70

@@ -45,13 +45,24 @@ EVERY = int(os.environ.get('KILLED_EVERY', '3'))
 # Rounds that the guest may do between two looks at it.
 SOME = 3
 
-_REVERT = test_killed.STOPPING + textwrap.dedent('''
+REVERT = test_killed.STOPPING + textwrap.dedent('''
     from nova_snapshot_ext import domain_records, rollback
 
     uri, uuid, name, state, last = sys.argv[1:]
     ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
     records = domain_records.Records(state, uuid)
     rollback.revert(ours, records.find(name), records, host.PlainHost())
+''')
+
+
+DELETE = test_killed.STOPPING + textwrap.dedent('''
+    from nova_snapshot_ext import domain_records, domain_snapshot
+
+    uri, uuid, name, state, last = sys.argv[1:]
+    ours = guests.Guest.find(libvirt.open(uri), uri, uuid)
+    records = domain_records.Records(state, uuid)
+    domain_snapshot.delete(
+        ours, records.find(name), records, host.PlainHost())
 ''')
 
 
@@ -577,10 +588,51 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
     def test_going_back_to_disks(self):
         self._kill_reverting(False)
 
-    def _reverting(self, guest: guests.Guest, name: str,
-                   last: int) -> 'subprocess.Popen[str]':
+    def test_deleting(self):
+        """A living guest, and one that is off: its disk is not touched."""
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        self.keep(guest, 'stays')
+        for power in (lambda: None, guest.domain.destroy):
+            self.keep(guest, 'goes')
+            power()
+            steps: list[str] = []
+            number = 0
+            while number == 0 or number <= len(steps):
+                if self.records(guest).find('goes') is None:
+                    self._forget_image()
+                    self.keep(guest, 'goes')
+                number += self._kill_delete_at(guest, number, steps)
+        guest.start()
+        self.assert_lives(guest)
+        self.delete_all(guest)
+
+    def _kill_delete_at(self, guest: guests.Guest, number: int,
+                        steps: list[str]) -> int:
+        """:returns: how many steps to go on by"""
+        name = self.records(guest).find('goes').name
+        process = self._reverting(guest, name, number, DELETE)
+        assert process.stdout is not None
+        if number == 0:
+            steps += process.stdout.read().splitlines()
+            self.assertEqual(0, process.wait())
+            return 1
+        self.assertEqual('here\n', process.stdout.readline())
+        process.kill()
+        process.wait()
+        self._recover()
+        left = [each.name for each in self.records(guest).all()]
+        self.assertIn(len(left), (1, 2))
+        self.assert_clean(guest, left)
+        if guest.domain.isActive():
+            self.assert_lives(guest)
+        print(f'deletion killed at {number:2} {steps[number - 1]}: '
+              f'{len(left)} left', flush=True)
+        return EVERY
+
+    def _reverting(self, guest: guests.Guest, name: str, last: int,
+                   script: str = REVERT) -> 'subprocess.Popen[str]':
         process = subprocess.Popen(
-            [sys.executable, '-c', _REVERT, self.libvirtd.uri, guest.uuid,
+            [sys.executable, '-c', script, self.libvirtd.uri, guest.uuid,
              name, str(self.state), str(last)],
             stdout=subprocess.PIPE, text=True)
         self.addCleanup(self._end, process)

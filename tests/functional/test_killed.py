@@ -86,7 +86,9 @@ STOPPING = textwrap.dedent('''
                  'end_backup', 'start_copy', 'end_block_job',
                  'freeze_filesystems', 'thaw_filesystems', 'destroy',
                  'take_domain_snapshot', 'define_domain_snapshot',
-                 'forget_domain_snapshot', 'revert_to'):
+                 'forget_domain_snapshot', 'revert_to',
+                 'take_external_snapshot', 'define_disks', 'restore_memory',
+                 'start_commit', 'pivot'):
         noted(name)
 ''')
 TAKE = STOPPING + textwrap.dedent('''

@@ -344,6 +344,32 @@ class TestDomainSnapshots(CommandTestCase):
         self.run_command('tree', fakes.UUID)
         self.assertEqual('', self.out.getvalue())
 
+    def test_external_ones_are_wished_for_and_shown(self) -> None:
+        self.assertEqual(cmd.REFUSED, self.create('--external'))
+        self.assertIn('--external is for --flow domain', self.err.getvalue())
+        self.assertEqual(cmd.REFUSED, self.create(
+            '--external', '--flow', 'cold'))
+        self.assertEqual([], self.taken)
+        self.create()
+        self.assertFalse(self.taken[0][3].domain.external)
+        self.records.replace(test_domain_records.record(
+            test_domain_records.THREE, test_domain_records.ONE,
+            files=domain_records.Files({'vda': 'raw'})))
+        self.run_command('tree', fakes.UUID)
+        self.assertIn('title c: memory, external, 2026', self.out.getvalue())
+        self.run_command('tree', fakes.UUID, '--json')
+        self.assertEqual([False, False, True], [
+            each['external'] for each in
+            json.loads(self.out.getvalue())['snapshots']])
+
+    def test_one_that_can_not_be_deleted_is_refused(self) -> None:
+        def refuse(*arguments: object) -> None:
+            raise exception.DeletionRefused('two descend from it')
+        self.patch_name('nova_snapshot_ext.domain_snapshot.delete', refuse)
+        self.assertEqual(cmd.REFUSED, self.run_command(
+            'delete', fakes.UUID, 'title a'))
+        self.assertIn('two descend', self.err.getvalue())
+
     def test_one_is_chosen_by_title_name_or_image(self) -> None:
         for which in ('title b', test_domain_records.TWO, 'image-b'):
             for command in ('revert', 'delete'):

@@ -13,6 +13,7 @@
 """What is known of a guest's domain snapshots survives, whole."""
 
 import dataclasses
+import json
 import os
 
 from nova_snapshot_ext import domain_records
@@ -66,6 +67,31 @@ class TestRecords(base.TestCase):
             self.assertEqual(record(TWO, ONE), self.again().find(which))
         self.assertEqual(THREE, self.again().current)
         self.assertEqual([fakes.UUID], domain_records.uuids(self.state))
+
+    def test_external_one_has_its_files(self) -> None:
+        made = record(ONE, files=domain_records.Files(
+            {'vda': 'raw'}, '/memory'))
+        self.records.add(made)
+        self.assertEqual(made, self.again().find(ONE))
+        self.assertTrue(made.external)
+        # An older release reads what it knows.
+        self.records.replace(record(ONE))
+        with open(os.path.join(self.records.directory,
+                               f'{ONE}.json')) as file:
+            self.assertNotIn('files', json.load(file))
+
+    def test_guest_stays_where_it_is_when_a_record_is_written_anew(
+            self) -> None:
+        self.add_three()
+        moved: list[str | None] = []
+        self.patch_name(
+            'nova_snapshot_ext.domain_records.Records.set_current',
+            lambda records, name: moved.append(name))
+        self.records.replace(record(ONE, title='other'))
+        self.records.remove(ONE)
+        self.assertEqual([], moved)
+        self.assertEqual([None, TWO], [
+            each.parent for each in self.again().all()])
 
     def test_newest_of_a_title_is_found(self) -> None:
         for name in (TWO, ONE):

@@ -1,0 +1,364 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""External snapshots are deleted: two layers of a disk become one.
+
+What was written after the instant of the snapshot is in the layer above; that
+is committed into the layer which holds the instant. So the lower file stays,
+down to the guest's first one, under its own path and in its own format. All
+the while the upper layer shows the same content, and a merge that was cut off
+goes on where it is found; but the instant is lost from its beginning on. So
+there is no way back from it, only one to its end.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import os
+import time
+import typing
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_files
+from nova_snapshot_ext import guard as guards
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import internal_snapshot
+from nova_snapshot_ext import power
+from nova_snapshot_ext import qemu_img
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+_POLL_S = 0.1
+# A guest may be started or stopped meanwhile; so often it is looked anew.
+_TRIES = 5
+# Of a commit while the guest is off: as long as the disk takes.
+_COMMIT_TIMEOUT_S = 24 * 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Two layers of one disk, and what else rests on the upper one."""
+
+    target: str
+    #: path of the upper layer, an overlay of ours
+    top: str
+    #: path of the lower one
+    base: str
+    #: of the lower one
+    format: str
+    #: paths of other overlays that are based on the upper one
+    above: list[str]
+
+    @property
+    def lower(self) -> disks_.Layer:
+        return disks_.Layer(self.base, self.format)
+
+    def check(self) -> None:
+        """:raises ValueError: if it is of other files than we make: a log may
+            be another user's than who runs it
+        """
+        for path in (self.top, *self.above):
+            if not external_files.is_ours(path) or os.path.islink(path):
+                raise ValueError(f'{path} is not an overlay of ours')
+        if os.path.dirname(self.top) != os.path.dirname(self.base) or (
+                external_files.is_ours(self.base)
+                and os.path.islink(self.base)):
+            raise ValueError(f'{self.base} is not what {self.top} is made of')
+
+
+@undo.step
+def merge_external_snapshot(
+        around: undo.Surroundings, name: str, uuid: str,
+        state_directory: str, child: str | None,
+        merges: list[dict[str, typing.Any]], files: list[str]) -> None:
+    """Delete a snapshot: have what descends from it take its place.
+
+    Also the undo of one that was not taken: then nothing is to be merged.
+
+    :param child: the snapshot that descends from it, None if that is what
+        the guest writes to, or if nothing does
+    :param merges: fields of a :class:`Merge` for each of its disks
+    :param files: what is of no use then
+    :raises SnapshotError: if it is not done; it can be tried again
+    """
+    internal_snapshot.check_name(name)
+    if power.is_gone(around):
+        return
+    records = domain_records.Records(state_directory, uuid)
+    for fields in merges:
+        merge = Merge(**fields)
+        merge.check()
+        _merge(around, merge, _record(records, child))
+        record = _record(records, child)
+        if record is not None:
+            records.replace(_with_file(record, merge))
+    for path in files:
+        external_files.delete(path)
+    records.remove(name)
+
+
+def _record(records: domain_records.Records,
+            name: str | None) -> domain_records.Record | None:
+    return next((record for record in records.all()
+                 if record.name == name), None)
+
+
+def _with_file(record: domain_records.Record,
+               merge: Merge) -> domain_records.Record:
+    """The record of what is in the lower layer now."""
+    assert record.files is not None
+    return dataclasses.replace(
+        record, disks=record.disks | {merge.target: merge.base},
+        files=dataclasses.replace(
+            record.files, formats=record.files.formats | {
+                merge.target: merge.format}))
+
+
+def _merge(around: undo.Surroundings, merge: Merge,
+           child: domain_records.Record | None) -> None:
+    """See that the lower layer has all that the upper one has."""
+    failure: exception.SnapshotError | None = None
+    for _ in range(_TRIES):
+        try:
+            with internal_snapshot.as_it_is(around) as guest:
+                if _is_merged(around, guest, merge, child):
+                    return
+            continue
+        except exception.UndoFailed:
+            raise
+        except exception.SnapshotError as error:
+            failure = error
+            time.sleep(_POLL_S)
+    raise exception.UndoFailed(
+        f'{merge.top} is not committed into {merge.base} yet: {failure}')
+
+
+def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
+               merge: Merge, child: domain_records.Record | None) -> bool:
+    """Take the next step to it.
+
+    :param guest: None if it is off
+    :returns: whether it was the last one
+    """
+    assert around.guest is not None
+    chain = _chain(around.guest, merge.target)
+    paths = [layer.path for layer in chain]
+    if merge.top in paths:
+        upper = chain[paths.index(merge.top):]
+        if guest is not None:
+            _commit_by_job(guest, merge, merge.top == paths[0])
+        else:
+            _commit(around, merge, upper)
+            _put_on_base(merge, paths[:0])
+            if merge.top == paths[0]:
+                around.guest.define_disks({merge.target: merge.lower})
+        return False        # looked at once more
+    if child is None and merge.base not in paths:
+        raise exception.UndoFailed(
+            f'{merge.target} is not made of {merge.base} any more: what was '
+            f'written since is left in {merge.top}')
+    if merge.base not in paths and child is not None and (
+            child.disks.get(merge.target) == merge.top):
+        # Nobody has it open.
+        _commit(around, merge, disks_.chain_from_headers(
+            disks_.Layer(merge.top, external_files.FORMAT)))
+    if child is not None:
+        _put_on_base(merge, paths)
+    elif around.guest.defined_disks().get(merge.target) == merge.top:
+        around.guest.define_disks({merge.target: merge.lower})
+    return True
+
+
+def _chain(guest: guests.Guest, target: str) -> tuple[disks_.Layer, ...]:
+    """The layers of a disk that a guest has, none of one that it has not."""
+    for disk in guest.disks():
+        if disk.target == target:
+            return disks_.chain_of(disk)
+    return ()
+
+
+def _commit_by_job(guest: guests.Guest, merge: Merge, active: bool) -> None:
+    """Have QEMU commit while it is up; one that is under way goes on.
+
+    :raises UndoFailed: if the job ends before it is done
+    """
+    job = guest.block_job(merge.target)
+    if job is None:
+        guest.start_commit(merge.target, merge.base, merge.top, active)
+    while (job := guest.block_job(merge.target)) is not None:
+        if job.mirror not in ('', merge.base):
+            raise exception.UndoFailed(
+                f'{merge.target} has another block job: {job.kind}')
+        if active and job.ready:
+            guest.pivot(merge.target)
+        time.sleep(_POLL_S)
+    if merge.top in [layer.path for layer in _chain(guest, merge.target)]:
+        raise exception.UndoFailed(
+            f'The commit of {merge.top} into {merge.base} ended early: there '
+            f'may be no room, or somebody ended it')
+
+
+def _commit(around: undo.Surroundings, merge: Merge,
+            upper: collections.abc.Sequence[disks_.Layer]) -> None:
+    """Commit a layer that nobody has open.
+
+    :param upper: it, and all below it
+    :raises UndoFailed: if it is not based on the other one
+    """
+    if len(upper) < 2 or upper[1].path != merge.base:
+        raise exception.UndoFailed(
+            f'{merge.top} is not based on {merge.base} any more')
+    # The format of what is below is the one that libvirt said then.
+    layers = (upper[0], merge.lower, *upper[2:])
+    with contextlib.ExitStack() as stack:
+        for layer in layers[:2]:
+            stack.enter_context(internal_snapshot.own(around, layer.path))
+        qemu_img.run('commit', '-q', '-d', disks_.json_name(
+            disks_.chain_options(layers)), timeout=_COMMIT_TIMEOUT_S)
+
+
+def _put_on_base(merge: Merge,
+                 in_use: collections.abc.Container[str]) -> None:
+    """Have the other overlays be based on the lower layer, which holds the
+    same.
+
+    :param in_use: paths of those that QEMU has seen to
+    """
+    for path in merge.above:
+        if path not in in_use and os.path.exists(path):
+            qemu_img.run('rebase', '-u', '-f', external_files.FORMAT,
+                         '-b', merge.base, '-F', merge.format, path)
+
+
+def delete(guest: guests.Guest, record: domain_records.Record,
+           records: domain_records.Records, host: hosts.Host) -> None:
+    """Delete one, and its record.
+
+    :raises DeletionRefused: if it can't be as things are
+    :raises GuestBusy: if a snapshot, a rollback, or a job of it is under way
+    :raises UndoFailed: if it is not done now; its guard, the next snapshot of
+        the guest, or recovery, goes on
+    """
+    undo.finish_left_over(records.state_directory, guest, host)
+    with guards.Guard() as guard, undo.UndoLog.create(
+            records.state_directory, guest, host) as log:
+        # What was left over may have changed it, or been its deletion.
+        found = _record(records, record.name)
+        if found is None:
+            return
+        record = found
+        _check_no_job(guest, record)
+        arguments = _plan(guest, record, records)
+        guard.watch(log)
+        log.push(merge_external_snapshot, name=record.name, uuid=record.uuid,
+                 state_directory=records.state_directory, **arguments)
+
+
+def _check_no_job(guest: guests.Guest,
+                  record: domain_records.Record) -> None:
+    job = guest.job()
+    if job is None and guest.state() is not guests.State.SHUTOFF:
+        job = next((f'a block job of {target}' for target in record.disks
+                    if guest.block_job(target) is not None), None)
+    if job is not None:
+        raise exception.GuestBusy(
+            f'Another job of {guest.name} is under way: {job}')
+    if guest.has_managed_save():
+        raise exception.DeletionRefused(
+            f'The memory of {guest.name} is saved, and it would start from '
+            f'files that are merged then: start it before')
+
+
+def _plan(guest: guests.Guest, record: domain_records.Record,
+          records: domain_records.Records) -> dict[str, typing.Any]:
+    """What is to be done, as arguments of the step.
+
+    :raises DeletionRefused: if nothing right can be
+    """
+    assert record.files is not None
+    now = {disk.target: disk.path for disk in guest.disks()}
+    children = [each for each in records.all() if each.parent == record.name]
+    is_current = records.current == record.name
+    files = [record.files.memory] if record.files.memory else []
+    if len(children) + is_current > 1:
+        raise exception.DeletionRefused(
+            f'More than one state of {guest.name} descends from '
+            f'{record.title}: ' + ', '.join(
+                [each.title for each in children]
+                + ['its present one'] * is_current)
+            + '; all but one of them have to be deleted before')
+    _check_alone(guest, record, records, now)
+    if not children and not is_current:
+        return {'child': None, 'merges': [],
+                'files': [*record.disks.values(), *files]}
+    child = children[0] if children else None
+    merges = []
+    for target, base in record.disks.items():
+        top = (now if child is None else child.disks).get(target)
+        if top is None or external_files.base_of(top) != base:
+            raise exception.DeletionRefused(
+                f'{target} of {guest.name} is not based on {base} any more: '
+                f'it was changed by somebody else')
+        merges.append(dataclasses.asdict(Merge(
+            target, top, base, record.files.formats[target],
+            _above(records, child, now, target))))
+        _check_room(top, base)
+    return {'child': child and child.name, 'merges': merges,
+            'files': [merge['top'] for merge in merges] + files}
+
+
+def _check_alone(guest: guests.Guest, record: domain_records.Record,
+                 records: domain_records.Records,
+                 now: dict[str, str]) -> None:
+    """See that nothing rests on its files but what descends from it.
+
+    A disk that was attached later stays what it is in a rollback of disks
+    alone.
+
+    :raises DeletionRefused: if something does
+    """
+    states = {each.title: each.disks for each in records.all()
+              if each.parent != record.name}
+    if records.current != record.name:
+        states['its present state'] = now
+    for title, disks in states.items():
+        for target, path in disks.items():
+            if external_files.is_ours(path) and external_files.base_of(
+                    path) in record.disks.values():
+                raise exception.DeletionRefused(
+                    f'{target} of {guest.name} in {title} is based on what '
+                    f'{record.title} is made of')
+
+
+def _above(records: domain_records.Records,
+           child: domain_records.Record | None, now: dict[str, str],
+           target: str) -> list[str]:
+    """The overlays that are based on a child's file."""
+    if child is None:
+        return []
+    found = [each.disks.get(target) for each in records.all()
+             if each.parent == child.name]
+    if records.current == child.name:
+        found.append(now.get(target))
+    return [path for path in found if path is not None]
+
+
+def _check_room(top: str, base: str) -> None:
+    needed = os.stat(top).st_blocks * 512
+    free = workspace.free_bytes(os.path.dirname(base))
+    if free < needed:
+        raise exception.DeletionRefused(
+            f'What is in {top} may take {needed} bytes more in '
+            f'{os.path.dirname(base)}, where {free} are free')

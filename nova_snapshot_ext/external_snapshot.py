@@ -1,0 +1,278 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""External domain snapshots: from one instant on, a guest writes elsewhere.
+
+The files of its disks stay as they are at that instant; overlays are made
+beside them, which the guest writes to from then on, and with memory libvirt
+writes that into a file of its own. libvirt keeps no metadata of it. So it is
+for raw files as well, costs no more however large they are, and its image is
+read from files that nobody writes to.
+"""
+
+import datetime
+import os
+from xml.etree import ElementTree
+
+from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import domain_snapshot
+from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_files
+from nova_snapshot_ext import external_merge
+from nova_snapshot_ext.flows import base
+from nova_snapshot_ext import frozen
+from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import internal_snapshot
+from nova_snapshot_ext import power
+from nova_snapshot_ext import quiesce
+from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
+from nova_snapshot_ext import workspace
+
+_GIB = 1024 ** 3
+
+
+def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
+    """The disks that are part of an external snapshot: files.
+
+    As for internal ones, what is elsewhere than the root disk of a guest of
+    Nova's is a volume, and left alone.
+    """
+    root = os.path.dirname(guest.root_disk().path)
+    elsewhere = not guest.belongs_to_nova()
+    return tuple(
+        disk for disk in guest.disks()
+        if (disk.device == 'disk' and disk.kind == 'file' and disk.path
+            and disk.format in ('raw', 'qcow2')
+            and external_files.has_file_name(disk.target)
+            and not (disk.readonly or disk.shared or disk.transient
+                     or disk.encrypted)
+            and (elsewhere or os.path.dirname(disk.path) == root)))
+
+
+def obstacle(guest: guests.Guest, disks: base.Disks,
+             request: requests.Request) -> str | None:
+    """Why none can be taken, None if one can. As of a flow."""
+    if not request.may_stop:
+        return ('Nova owns it, and would start it from the file below the '
+                'overlay at its next hard reboot, which would destroy both '
+                '(--force)')
+    up = guest.state() is not guests.State.SHUTOFF
+    held = held_disks(guest)
+    targets = {disk.target for disk in held}
+    for disk in disks:
+        if disk.target not in targets:
+            return (f'{disk.target} can have no overlay: that takes a raw or '
+                    f'qcow2 file which is not shared, transient or encrypted')
+    with_memory = up and request.domain.memory
+    return ((base.why_no_job_can_start(guest, held) if up
+             else _why_not_off(guest))
+            or base.why_not_readable(held)
+            or _why_no_file(held)
+            or (_why_no_memory(guest, held, request) if with_memory
+                else quiesce.obstacle(guest, request) if up else None)
+            or _why_no_room(guest, held, with_memory, request))
+
+
+def _why_not_off(guest: guests.Guest) -> str | None:
+    if guest.has_managed_save():
+        return ('its memory is saved (suspended), and would be started with '
+                'the files that are to stay as they are')
+    return None
+
+
+def _why_no_file(held: base.Disks) -> str | None:
+    for disk in held:
+        directory = os.path.dirname(disk.path)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            return (f'user {os.getuid()} can not make an overlay of '
+                    f'{disk.target} in {directory}')
+    return None
+
+
+def _why_no_memory(guest: guests.Guest, held: tuple[disks_.Disk, ...],
+                   request: requests.Request) -> str | None:
+    if request.quiesce is requests.Quiesce.REQUIRED:
+        # They would be frozen after each rollback.
+        return ('the guest must be quiesced, which a snapshot with memory is '
+                'not (--no-memory)')
+    why = domain_snapshot.why_no_memory(guest, held)
+    return None if why is None else f'{why} (--no-memory)'
+
+
+def _why_no_room(guest: guests.Guest, held: base.Disks, with_memory: bool,
+                 request: requests.Request) -> str | None:
+    wish = request.domain
+    records = domain_records.Records(
+        request.state_directory, guest.uuid).all()
+    if not all(record.external for record in records):
+        return ('it has internal snapshots, which can not be gone back to '
+                'from an overlay: delete them before')
+    if len(records) >= wish.most:
+        return (f'it has {len(records)} domain snapshots, and [snapshot_ext] '
+                f'max_domain_snapshots = {wish.most}: delete one')
+    directory = os.path.dirname(held[0].path)
+    memory = guest.memory_bytes() if with_memory else 0
+    free = workspace.free_bytes(directory)
+    if free < memory:
+        return (f'its memory may take {memory} bytes in {directory}, where '
+                f'{free} are free')
+    size = sum(guest.capacity(disk.target) for disk in held)
+    taken = _taken_bytes(held, records)
+    if wish.most_gb and taken + memory - size > wish.most_gb * _GIB:
+        return (f'its disks of {size} bytes take {taken} on the host, and its '
+                f'memory may add {memory}; [snapshot_ext] '
+                f'max_domain_snapshots_gb = {wish.most_gb} is what may be '
+                f'beyond their size: delete a domain snapshot')
+    return None
+
+
+def _taken_bytes(held: base.Disks,
+                 records: list[domain_records.Record]) -> int:
+    paths = {disk.path for disk in held}
+    for record in records:
+        assert record.files is not None
+        paths |= {*record.disks.values(), record.files.memory}
+    return sum(os.stat(path).st_blocks * 512 for path in paths
+               if os.path.exists(path))
+
+
+def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
+         pause: frozen.Pause) -> domain_snapshot.Taken:
+    """Take one, which its undo merges again.
+
+    :param pause: gets the time for which the guest stands still
+    """
+    up = guest.state() is not guests.State.SHUTOFF
+    with_memory = up and request.domain.memory
+    name = internal_snapshot.new_name()
+    held = held_disks(guest)
+    overlays = {disk.target: external_files.overlay_beside(
+        disk.path, name, disk.target) for disk in held}
+    memory = external_files.memory_beside(
+        held[0].path, name) if with_memory else ''
+    records = domain_records.Records(request.state_directory, guest.uuid)
+    entry = log.push(
+        external_merge.merge_external_snapshot, name=name, uuid=guest.uuid,
+        state_directory=request.state_directory, child=None,
+        merges=[{'target': disk.target, 'top': overlays[disk.target],
+                 'base': disk.path, 'format': disk.format, 'above': []}
+                for disk in held],
+        files=[*overlays.values(), *[memory] * with_memory])
+    capacities = {disk.target: guest.capacity(disk.target) for disk in held}
+    for disk in held:
+        external_files.create_overlay(
+            overlays[disk.target], disks_.Layer(disk.path, disk.format),
+            capacities[disk.target])
+    description = guest.description()
+    taken_at = datetime.datetime.now(datetime.UTC)
+    consistency = frozen.Consistency.CRASH
+    if up:
+        consistency = _of_guest_that_is_up(
+            guest, overlays, memory, request, log, pause)
+    else:
+        if guest.was_shut_down():
+            consistency = frozen.Consistency.STOPPED
+        guest.define_disks({
+            target: disks_.Layer(path, external_files.FORMAT)
+            for target, path in overlays.items()})
+    record = domain_records.Record(
+        name=name, uuid=guest.uuid, image_id=request.domain.image_id,
+        title=request.domain.title, parent=records.current,
+        rollback=(domain_records.Rollback.MEMORY if with_memory
+                  else domain_records.Rollback.DISK),
+        taken_at=taken_at.isoformat(),
+        disks={disk.target: disk.path for disk in held},
+        capacities=capacities, domain_xml=_within_snapshot(description),
+        host_cpu=guest.host_cpu(), extra=request.domain.extra,
+        files=domain_records.Files(
+            {disk.target: disk.format for disk in held}, memory))
+    return domain_snapshot.Taken(record, consistency, entry, records)
+
+
+def _within_snapshot(description: ElementTree.Element) -> str:
+    """As libvirt has it of an internal one."""
+    root = ElementTree.Element('domainsnapshot')
+    root.append(description)
+    return ElementTree.tostring(root, encoding='unicode')
+
+
+def _of_guest_that_is_up(
+        guest: guests.Guest, overlays: dict[str, str], memory: str,
+        request: requests.Request, log: undo.UndoLog,
+        pause: frozen.Pause) -> frozen.Consistency:
+    call = log.push(let_overlays_be_taken, overlays=overlays)
+    words = _description(guest, overlays, memory)
+    consistency = frozen.Consistency.CRASH
+    if memory:
+        with pause.measured(), log.calling():
+            guest.take_external_snapshot(words, memory=True)
+    else:
+        with quiesce.quiesced(guest, request, log, pause) as outcome:
+            with log.calling():
+                guest.take_external_snapshot(words, memory=False)
+        consistency = outcome.consistency
+    if not _writes_to(guest, overlays):
+        raise exception.FreezeFailed(
+            f'{guest.name} does not write to its overlays, though libvirt '
+            f'has taken the snapshot')
+    call.drop()
+    return consistency
+
+
+def _description(guest: guests.Guest, overlays: dict[str, str],
+                 memory: str) -> str:
+    """What libvirt is told to take
+    (https://libvirt.org/formatsnapshot.html): every disk named."""
+    root = ElementTree.Element('domainsnapshot')
+    if memory:
+        ElementTree.SubElement(
+            root, 'memory', snapshot='external', file=memory)
+    else:
+        ElementTree.SubElement(root, 'memory', snapshot='no')
+    disks = ElementTree.SubElement(root, 'disks')
+    for disk in guest.disks():
+        if disk.target not in overlays:
+            ElementTree.SubElement(
+                disks, 'disk', name=disk.target, snapshot='no')
+            continue
+        element = ElementTree.SubElement(
+            disks, 'disk', name=disk.target, snapshot='external',
+            type='file')
+        ElementTree.SubElement(
+            element, 'driver', type=external_files.FORMAT)
+        ElementTree.SubElement(
+            element, 'source', file=overlays[disk.target])
+    return ElementTree.tostring(root, encoding='unicode')
+
+
+def _writes_to(guest: guests.Guest, overlays: dict[str, str]) -> bool:
+    now = {disk.target: disk.path for disk in guest.disks()}
+    return all(now.get(target) == path for target, path in overlays.items())
+
+
+@undo.step
+@undo.with_guest
+def let_overlays_be_taken(
+        around: undo.Surroundings, guest: guests.Guest,
+        overlays: dict[str, str]) -> None:
+    """Wait for a snapshot that a dead owner left libvirt to take, and see
+    that the guest goes on after it.
+
+    :param overlays: by target
+    """
+    if around.owner_died and power.running_guest(around) is not None:
+        domain_snapshot.wait_for_call(
+            guest, lambda: _writes_to(guest, overlays))
+    if guest.is_paused_by_snapshot():
+        guest.resume()
