@@ -27,6 +27,8 @@ import os
 import time
 import typing
 
+from oslo_log import log as logging
+
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
@@ -39,6 +41,8 @@ from nova_snapshot_ext import power
 from nova_snapshot_ext import qemu_img
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
+
+LOG = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 # A guest may be started or stopped meanwhile; so often it is looked anew.
@@ -60,6 +64,11 @@ class Merge:
     format: str
     #: paths of other overlays that are based on the upper one
     above: list[str]
+
+    @property
+    def note(self) -> str:
+        """The path of what says that a pivot was begun."""
+        return f'{self.top}.pivoting'
 
     @property
     def lower(self) -> disks_.Layer:
@@ -134,6 +143,7 @@ def _merge(around: undo.Surroundings, merge: Merge,
         try:
             with internal_snapshot.as_it_is(around) as guest:
                 if _is_merged(around, guest, merge, child):
+                    _remove_note(merge)
                     return
             continue
         except exception.UndoFailed:
@@ -158,8 +168,15 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
     if merge.top in paths:
         upper = chain[paths.index(merge.top):]
         if guest is not None:
-            _commit_by_job(guest, merge, merge.top == paths[0])
+            if _commit_by_job(guest, merge, merge.top == paths[0]):
+                return True
         else:
+            if os.path.exists(merge.note):
+                raise exception.UndoFailed(
+                    f'libvirt died when {merge.target} was about to be '
+                    f'written to {merge.base} in place of {merge.top}, and '
+                    f'the guest is off now: nobody knows which of them is '
+                    f'newer ({merge.note})')
             _commit(around, merge, upper)
             _put_on_base(merge, paths[:0])
             if merge.top == paths[0]:
@@ -189,25 +206,78 @@ def _chain(guest: guests.Guest, target: str) -> tuple[disks_.Layer, ...]:
     return ()
 
 
-def _commit_by_job(guest: guests.Guest, merge: Merge, active: bool) -> None:
+def _commit_by_job(guest: guests.Guest, merge: Merge,
+                   active: bool) -> bool:
     """Have QEMU commit while it is up; one that is under way goes on.
 
+    :returns: whether QEMU had done it before, unknown to libvirt
     :raises UndoFailed: if the job ends before it is done
     """
-    job = guest.block_job(merge.target)
-    if job is None:
-        guest.start_commit(merge.target, merge.base, merge.top, active)
+    if guest.block_job(merge.target) is None:
+        if os.path.exists(merge.note) and _is_done_by_qemu(guest, merge):
+            return True
+        try:
+            guest.start_commit(merge.target, merge.base, merge.top, active)
+        except guests.LibvirtError as error:
+            if error.of_connection or not _is_done_by_qemu(guest, merge):
+                raise
+            return True
     while (job := guest.block_job(merge.target)) is not None:
         if job.mirror not in ('', merge.base):
             raise exception.UndoFailed(
                 f'{merge.target} has another block job: {job.kind}')
         if active and job.ready:
-            guest.pivot(merge.target)
+            _pivot(guest, merge)
         time.sleep(_POLL_S)
     if merge.top in [layer.path for layer in _chain(guest, merge.target)]:
         raise exception.UndoFailed(
             f'The commit of {merge.top} into {merge.base} ended early: there '
             f'may be no room, or somebody ended it')
+    return False
+
+
+def _pivot(guest: guests.Guest, merge: Merge) -> None:
+    """Have the guest write to the lower layer from now on.
+
+    If libvirtd dies in this, QEMU may have done it and libvirt not know, from
+    then on (seen with libvirt 9.0): what is in the upper layer gets old. The
+    note stays then.
+    """
+    with open(merge.note, 'ab') as note:
+        os.fsync(note.fileno())
+    try:
+        guest.pivot(merge.target)
+    except guests.LibvirtError as error:
+        if not error.of_connection:
+            os.unlink(merge.note)
+        raise
+    os.unlink(merge.note)
+
+
+def _is_done_by_qemu(guest: guests.Guest, merge: Merge) -> bool:
+    """Whether QEMU has merged what libvirt says it has not.
+
+    Then the definition is put right at least: libvirt's own picture of the
+    running guest gets right when that is started anew.
+    """
+    chains = guest.open_chains()
+    if any(merge.top in chain for chain in chains) or not any(
+            merge.base in chain for chain in chains):
+        return False
+    if guest.defined_disks().get(merge.target) == merge.top:
+        guest.define_disks({merge.target: merge.lower})
+    LOG.warning(
+        'QEMU of %s has committed %s into %s, and libvirt, which died '
+        'meanwhile, does not know it: other jobs of %s fail until the guest '
+        'is shut down and started again', guest.name, merge.top, merge.base,
+        merge.target)
+    guest.close_file(merge.top)
+    return True
+
+
+def _remove_note(merge: Merge) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(merge.note)
 
 
 def _commit(around: undo.Surroundings, merge: Merge,

@@ -909,10 +909,41 @@ class Guest:
                 libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
 
     def pivot(self, target: str) -> None:
-        """End a job whose ends are equal, and write to its other end."""
+        """End a job whose ends are equal, and write to its other end.
+
+        :raises LibvirtError: as :meth:`save_memory`
+        """
         with self._calling(f'Pivot of {target}'):
-            self._domain.blockJobAbort(
-                target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+            self._domain.once(
+                'blockJobAbort', target,
+                libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    def open_chains(self) -> list[list[str]]:
+        """The files of each disk as QEMU has them, whatever libvirt says.
+
+        Each begins with what the guest writes to.
+        """
+        chains = []
+        for device in self.monitor('query-block'):
+            image = device.get('inserted', {}).get('image')
+            chain = []
+            while image:
+                chain.append(str(image['filename']))
+                image = image.get('backing-image')
+            chains.append(chain)
+        return chains
+
+    def close_file(self, path: str) -> None:
+        """Have QEMU close a file that it has no use for any more.
+
+        :raises SnapshotError: if it has
+        """
+        for driver in (True, False):
+            for node in self.monitor('query-named-block-nodes'):
+                if node['file'] == path and driver == (
+                        node['drv'] not in ('file', 'host_device')):
+                    self.monitor('blockdev-del',
+                                 **{'node-name': node['node-name']})
 
     def defined_disks(self) -> dict[str, str]:
         """The path of each disk in its definition, by target: what it is

@@ -442,6 +442,18 @@ class LibvirtdTest(ExternalTestCase):
             time.sleep(0.1)
         for path in self.images.iterdir():
             path.unlink()
+        self._start_anew(guest)
+
+    def _start_anew(self, guest: guests.Guest) -> None:
+        """Where libvirt 9.0 does not know what QEMU has done."""
+        if '<mirror' not in guest.domain.XMLDesc():
+            return
+        at = guest.wait_writes_on(20)
+        guest.domain.destroy()
+        print('libvirt does not know of a pivot', flush=True)
+        found = images.check_point_in_time(self.now(guest))
+        self.assertGreaterEqual(found[0][0], at - 1)
+        guest.start()
 
     def test_taking(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))

@@ -142,6 +142,8 @@ class OverlayDomain(fakes.FakeDomain):
         self.managed: Saved | None = None
         self.commits: dict[str, tuple[str, bool]] = {}
         self.connection = Connection(self)
+        #: what libvirt takes for live, where it died and is wrong
+        self.stale: dict[str, tuple[str, str]] | None = None
         #: fails a restore
         self.spoilt = False
         #: a write of its own before each look at it
@@ -188,7 +190,7 @@ class OverlayDomain(fakes.FakeDomain):
 
     def XMLDesc(self, flags: int) -> str:
         inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or not self.is_up
-        disks = self.defined if inactive else self.live
+        disks = self.defined if inactive else self.stale or self.live
         self.disks = ''.join(
             fakes.disk_xml(path, fmt, target,
                            inside='' if inactive else self._store(path)
@@ -210,6 +212,19 @@ class OverlayDomain(fakes.FakeDomain):
             return ''
         return (f'<mirror type="file" job="active-commit" ready="yes">'
                 f'<source file="{self.files.bases[top][0]}"/></mirror>')
+
+    def monitor(self, domain: object, request: str, flags: int) -> str:
+        """QEMU's, which knows what is live."""
+        found = []
+        if json.loads(request)['execute'] == 'query-block':
+            for path, _ in self.live.values():
+                found.append({'inserted': {'image': self._image(path)}})
+        return json.dumps({'return': found})
+
+    def _image(self, path: str) -> dict[str, typing.Any]:
+        below = self.files.bases.get(path)
+        return {'filename': path} | (
+            {} if below is None else {'backing-image': self._image(below[0])})
 
     # What is done to it
 
@@ -239,6 +254,10 @@ class OverlayDomain(fakes.FakeDomain):
                     flags: int) -> None:
         active = bool(flags & libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
         self._called('blockCommit', target, 'active' if active else '')
+        if self.stale is not None and (
+                self.stale[target] != self.live[target]):
+            raise fakes.libvirt_error(
+                libvirt.VIR_ERR_OPERATION_INVALID, 'block copy still active')
         assert active == (self.live[target][0] == top)
         assert self.files.bases[top][0] == under
         self.files.commit(top)
@@ -264,6 +283,8 @@ class OverlayDomain(fakes.FakeDomain):
         assert active
         self.files.commit(top)
         self.live[target] = self.defined[target] = self.files.bases[top]
+        if self.stale is not None:
+            self.stale[target] = self.live[target]
 
     def managedSave(self, flags: int) -> None:
         saved = Saved(dict(self.live), self.reads(), self.current_state)

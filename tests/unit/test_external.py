@@ -60,7 +60,7 @@ class ExternalTestCase(base.TestCase):
         self.patch_name('time.sleep', lambda seconds: None)
         self.patch_name('nova_snapshot_ext.qemu_img.run', self.files.run)
         self.patch_name('libvirt_qemu.qemuMonitorCommand',
-                        lambda *arguments: '{"return": []}')
+                        self.overlaid.monitor)
         self.qemu_nbd = doubles.QemuNbd(self.journal)
         self.patch_name('nova_snapshot_ext.qemu_nbd.serving',
                         self.qemu_nbd.serving)
@@ -88,6 +88,8 @@ class ExternalTestCase(base.TestCase):
             self.files.event('record')
             rename(old, new)
         self.patch_name('os.unlink', unlinking)
+        # They are many, and on a disk that others have busy.
+        self.patch_name('os.fsync', lambda descriptor: None)
         self.patch_name('os.rename', renaming)
         self.records = domain_records.Records(self.state, fakes.UUID)
         self.flow = domain.DomainFlow()
@@ -452,6 +454,56 @@ class TestDelete(ExternalTestCase):
         undo.finish_left_over(self.state, self.guest, self.host)
         self.assert_present()
         self.assert_clean()
+
+    def die_in_pivot(self, done: bool) -> None:
+        """libvirtd dies in the pivot of vda.
+
+        :param done: QEMU has done it, and libvirt does not know
+        """
+        pivot = self.overlaid.blockJobAbort
+
+        def die(target: str, flags: int) -> None:
+            self.overlaid.blockJobAbort = pivot  # type: ignore
+            before = dict(self.overlaid.live)
+            if done:
+                pivot(target, flags)
+                self.overlaid.stale = before
+                self.overlaid.defined = dict(before)
+                # What the overlay has gets old.
+                self.overlaid.write('later')
+                self.present = self.overlaid.reads()
+            raise fakes.libvirt_error(libvirt.VIR_ERR_INTERNAL_ERROR,
+                                      domain=libvirt.VIR_FROM_RPC)
+        self.overlaid.blockJobAbort = die  # type: ignore[method-assign]
+
+    def test_pivot_that_libvirt_does_not_know(self) -> None:
+        self.take('one')
+        self.die_in_pivot(True)
+        self.delete('one')
+        self.assertIn('does not know it', self.output.output)
+        self.assert_present()
+        self.overlaid.stale = None
+        self.assert_clean()
+
+    def test_pivot_that_did_not_begin(self) -> None:
+        self.take('one')
+        self.die_in_pivot(False)
+        self.delete('one')
+        self.assert_present()
+        self.assert_clean()
+
+    def test_guest_that_is_off_before_a_pivot_is_known(self) -> None:
+        """What is newer nobody knows; nothing is overwritten."""
+        self.take('one')
+        self.die_in_pivot(True)
+        self.patch_name(
+            'nova_snapshot_ext.external_merge._is_done_by_qemu',
+            lambda guest, merge: self.domain.off())
+        self.journal.clear()
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'nobody knows', self.delete, 'one')
+        self.assertEqual([], self.journal.of('qemu-img', 'unlink'))
+        self.overlaid.stale = None
 
     def test_only_overlays_of_ours_are_merged(self) -> None:
         self.take('one')
