@@ -39,6 +39,10 @@ _STAGED: Column = (
 _SCRATCH: Column = (
     'scratch, MiB', lambda each: each.scratch_bytes / _MIB, 1)
 _SILENCE: Column = ('guest silent, s', lambda each: each.silence_s, 2)
+_DEVICE: Column = (
+    'written by all, MiB',
+    lambda each: (None if each.device_bytes is None
+                  else each.device_bytes / _MIB), 0)
 _SHARE: Column = ('rounds ÷ idle', lambda each: each.share, 2)
 #: what a snapshot is for whoever asks for it, and for the guest
 _SEEN: tuple[Column, ...] = (
@@ -56,14 +60,15 @@ _COSTS: tuple[Column, ...] = (
     ('reserved for it, MiB', lambda each: each.reserved_bytes / _MIB, 0),
     ('written by nova-compute, MiB',
      lambda each: each.written_bytes / _MIB, 1),
-    ('written by all, MiB',
-     lambda each: (None if each.device_bytes is None
-                   else each.device_bytes / _MIB), 0),
+    _DEVICE,
     ('CPU of nova-compute, s', lambda each: each.compute_cpu_s, 1),
     ('CPU of mover, qemu-img, qemu-nbd, s',
      lambda each: each.children_cpu_s, 1),
     ('CPU of QEMU, s', lambda each: each.qemu_cpu_s, 1),
 )
+#: what an operator chooses a flow by
+_CHOICE: tuple[Column, ...] = (
+    _SECONDS, _SILENCE, _SHARE, _STAGED, _DEVICE)
 _GROWTH: tuple[Column, ...] = (
     _SECONDS, _STAGED, _SCRATCH, _SILENCE, _SHARE,
     ('CPU without QEMU, s',
@@ -106,6 +111,19 @@ def contestants_table(taken: results.Results) -> table.Table:
         [(label, _by_floor(taken, found), *_cells(_SEEN, found))
          for name, label in labels(taken).items()
          if (found := taken.of(name))])
+
+
+def choice_table(taken: results.Results) -> table.Table:
+    """Our flows by their best transfer, beside Nova's driver."""
+    wanted = (*(f'{flow}-streamed' for flow in contestants.FLOWS),
+              contestants.NOVA_LIVE, contestants.NOVA_COLD)
+    names = labels(taken)
+    return table.Table(
+        'choice', f'A guest with {taken.data_gib:g} GiB of data: median '
+        f'(least – most)',
+        ('What', *_headings(_CHOICE)),
+        [(names[name], *_cells(_CHOICE, taken.of(name)))
+         for name in wanted if taken.of(name)])
 
 
 def costs_table(taken: results.Results) -> table.Table:
@@ -211,8 +229,8 @@ def about_table(taken: results.Results) -> table.Table:
 def tables(taken: results.Results) -> list[table.Table]:
     """All of them, also those without rows: nothing was measured then."""
     return [about_table(taken), contestants_table(taken),
-            costs_table(taken), shares_table(taken), growth_table(taken),
-            freezes_table(taken), mover_table(taken),
+            choice_table(taken), costs_table(taken), shares_table(taken),
+            growth_table(taken), freezes_table(taken), mover_table(taken),
             targets.as_table(taken)]
 
 

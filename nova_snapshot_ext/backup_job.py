@@ -103,6 +103,7 @@ class Job:
         """Use :func:`prepared`."""
         self._guest = guest
         self._capacities = capacities
+        self._files = files
         self._watch = watch
         self._socket = socket
         self._log = log
@@ -129,7 +130,7 @@ class Job:
             tuple(frozen.FrozenDisk(target, capacity, self._socket, target)
                   for target, capacity in self._capacities.items()),
             consistency, pause, why_lost=self._watch.why_lost,
-            by_guest=True)
+            by_guest=True, scratch_bytes=self._files.held_bytes)
 
 
 def _take_over(socket: str, log: undo.UndoLog) -> None:

@@ -33,6 +33,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests_
 from nova_snapshot_ext import mover_stream
 from nova_snapshot_ext import nova_interface
+from nova_snapshot_ext import own_disks
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import scratch
@@ -284,9 +285,11 @@ def _flow_of(conf: cfg.ConfigOpts, guest: guests_.Guest) -> str:
     request = settings.server_request(
         conf, disk, requests.Quiesce.IF_POSSIBLE, may_stop=True,
         domain=requests.DomainSnapshot())
+    disks = tuple(
+        each.disk for each in own_disks.chosen(guest, request.disks))
     return selection.candidates(
         selection.wish(None, None, conf.snapshot_ext.flows, []), guest,
-        (disk,), request)[0].name
+        disks, request)[0].name
 
 
 #: by the names that the command shows

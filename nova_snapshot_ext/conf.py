@@ -107,6 +107,31 @@ Related options:
 
 * ``max_domain_snapshots``
 """),
+    cfg.StrOpt(
+        'disks',
+        default='root',
+        choices=[
+            ('root', 'the root disk, as of Nova\'s own snapshots'),
+            ('all', 'the ephemeral disks and the swap disk as well, at the '
+                    'same instant'),
+        ],
+        help="""
+The disks that a snapshot is of.
+
+Each becomes an image of its own. Those of further disks belong to the
+project of the root disk's image, are private, and appear with it or not at
+all. Volumes, CD-ROMs and config drives are never included. Shelving and
+cross-cell resizes are of the root disk alone: Nova deletes their image when
+it is used.
+
+A tenant can ask for one or the other by the image property
+``snapshot_disks``, which goes first.
+
+Related options:
+
+* ``scratch_directory`` has the scratch of each disk
+* ``dead_image`` says what becomes of images of a dead nova-compute
+"""),
     cfg.ListOpt(
         'transfers',
         default=['streamed', 'staged'],
@@ -231,8 +256,9 @@ Related options:
 What becomes of an image that was being filled when nova-compute died.
 
 It concerns images that Glance still shows as ``queued`` or ``saving``. One
-that is active with a part of its bytes is deleted in any case, and one that is
-active and whole stays.
+that is active with a part of its bytes is deleted in any case, and one that
+is active and whole stays. Those of further disks (``disks``) stay if that of
+the root disk is whole, and are deleted otherwise.
 
 Related options:
 

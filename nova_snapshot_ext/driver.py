@@ -28,23 +28,26 @@ from nova import context as nova_context
 from nova import exception as nova_exception
 from nova.image import glance as nova_glance
 from nova import objects
-from nova import service_auth
-from nova import utils as nova_utils
 from nova.virt.libvirt import driver as libvirt_driver
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
 import oslo_messaging
 from oslo_utils import strutils
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import checks
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext.images import rotation
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import notification
+from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import privileged
@@ -65,6 +68,8 @@ DOMAIN_FLOW = 'domain'
 REQUEST_PROPERTY = 'snapshot_flow'
 #: whether the flow ``domain`` keeps the memory
 MEMORY_PROPERTY = 'snapshot_memory'
+#: which disks it is of
+DISKS_PROPERTY = 'snapshot_disks'
 FLAVOR_SPEC = 'snapshot_ext:flow'
 # What somebody else has made of a guest that was up when we stopped it.
 _DOWN = (vm_states.STOPPED, vm_states.SUSPENDED, vm_states.SHELVED,
@@ -102,6 +107,14 @@ _GUARDS_TIMEOUT_S = 60.0
 _DELETING = (task_states.DELETING, task_states.SOFT_DELETING)
 # Callers that keep the disk whatever becomes of the image.
 _DISK_KEPT = (task_states.IMAGE_SNAPSHOT, task_states.IMAGE_BACKUP)
+
+# What Nova's API writes on an image of a server, and on one of a backup.
+_OF_SERVER = 'instance_uuid'
+_BACKUP_TYPE = 'backup_type'
+# What Nova raises where a server or an image is gone, or going.
+_UNWANTED = (nova_exception.InstanceNotFound,
+             nova_exception.InstanceNotRunning, nova_exception.ImageNotFound,
+             nova_exception.UnexpectedDeletingTaskStateError)
 
 _MOVES = 'its server moves to another host'
 
@@ -373,7 +386,7 @@ def _instance_lock(uuid: str) -> collections.abc.Iterator[None]:
 
 
 class SnapshotLibvirtDriver(
-        libvirt_driver.LibvirtDriver):  # type: ignore[misc]
+        nova_compat.LibvirtDriver):     # type: ignore[misc]
     """Nova's libvirt driver, with snapshots taken by this package."""
 
     def __init__(self, virtapi: typing.Any, read_only: bool = False) -> None:
@@ -406,16 +419,22 @@ class SnapshotLibvirtDriver(
             state was reset meanwhile
         :raises nova.exception.NovaException: if no snapshot was taken
         """
-        with _reported(context, instance):
+        account = accounts.Account(
+            instance.uuid, image_id, context.request_id)
+        with _reported(context, instance), accounts.told(
+                account, functools.partial(notification.send, context),
+                _UNWANTED):
             with _translated(instance, image_id):
                 why = self._why_nova_serves(instance)
                 if why is None:
                     with _in_flight(context, instance, image_id) as record:
                         self._snapshot(context, instance, image_id,
-                                       update_task_state, record)
+                                       update_task_state, record, account)
                     return
+                why += self._of_root_alone(context, instance, image_id, why)
             LOG.info("Nova's own snapshot serves: %s", why,
                      instance=instance)
+            account.flow = accounts.NOVA
             super().snapshot(context, instance, image_id, update_task_state)
 
     def rebuild(
@@ -568,21 +587,29 @@ class SnapshotLibvirtDriver(
             except nova_exception.InstanceNotRunning:
                 return None
 
-        try:
-            _finish_now(path, find, host, deadline)
-        except ValueError as error:
-            LOG.error('%s says how to undo a snapshot that a nova-compute '
-                      'which died had in flight, and can not be understood: '
-                      '%s. Nothing of it is undone, and snapshots of its '
-                      'guest are refused: look after the guest, undo by hand '
-                      'what the lines without "done" say, and delete the '
-                      'file', path, error, instance=instance)
-        except Exception:
-            LOG.exception('%s could not be finished, and is tried again; '
-                          'snapshots of its guest are refused until it is',
-                          path)
-            threading.Thread(target=guards.bring_back,
-                             args=(path, find, host), daemon=True).start()
+        def finish() -> None:
+            try:
+                _finish_now(path, find, host, deadline)
+            except ValueError as error:
+                LOG.error('%s says how to undo a snapshot that a nova-compute '
+                          'which died had in flight, and can not be '
+                          'understood: %s. Nothing of it is undone, and '
+                          'snapshots of its guest are refused: look after the '
+                          'guest, undo by hand what the lines without "done" '
+                          'say, and delete the file', path, error,
+                          instance=instance)
+            except Exception:
+                LOG.exception('%s could not be finished, and is tried again; '
+                              'snapshots of its guest are refused until it '
+                              'is', path)
+                threading.Thread(target=guards.bring_back,
+                                 args=(path, find, host), daemon=True).start()
+
+        if _takes_long(path):
+            # Nova's own work does not wait for that.
+            threading.Thread(target=finish, daemon=True).start()
+        else:
+            finish()
 
     def _why_nova_serves(self, instance: objects.Instance) -> str | None:
         """What this package leaves to Nova, None if it serves.
@@ -605,10 +632,30 @@ class SnapshotLibvirtDriver(
             return 'its root disk is encrypted'
         return None
 
+    def _of_root_alone(self, context: nova_context.RequestContext,
+                       instance: objects.Instance, image_id: str,
+                       why: str) -> str:
+        """What to say of further disks where Nova serves.
+
+        :raises InvalidSetting: if the request is for them
+        """
+        image = self._image_api.get(context, image_id)
+        if _which_disks(instance, image) is requests.Disks.ROOT:
+            return ''
+        asked = image['properties'].get(DISKS_PROPERTY)
+        if asked is not None:
+            raise exception.InvalidSetting(
+                f'image property {DISKS_PROPERTY}', asked,
+                f"only {requests.Disks.ROOT.value} can be served, by Nova's "
+                f'own snapshot: {why}')
+        return (' (and it is of the root disk alone, whatever '
+                '[snapshot_ext] disks says)')
+
     def _snapshot(self, context: nova_context.RequestContext,
                   instance: objects.Instance, image_id: str,
                   update_task_state: UpdateTaskState,
-                  record: in_flight.Record) -> None:
+                  record: in_flight.Record,
+                  account: accounts.Account) -> None:
         guest = self._our_guest(instance)
         image = self._image_api.get(context, image_id)
         wished = selection.wish(
@@ -629,10 +676,11 @@ class SnapshotLibvirtDriver(
                 title=image['name'],
                 extra=self._for_rollback(instance, image_id, wished),
                 most=CONF.snapshot_ext.max_domain_snapshots,
-                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb))
+                most_gb=CONF.snapshot_ext.max_domain_snapshots_gb),
+            which=_which_disks(instance, image), account=account)
         host = NovaHost(self, instance.uuid, instance, caller,
                         stopped=not kept)
-        service = _image_service(context, image_id, record.announce)
+        service = _image_service(context, image_id, record)
 
         def before_upload() -> None:
             update_task_state(
@@ -640,16 +688,20 @@ class SnapshotLibvirtDriver(
                 expected_state=task_states.IMAGE_PENDING_UPLOAD)
 
         # Its turn first: what was planned before may not hold after a wait.
-        with compute_utils.disk_ops_semaphore:
-            planned = snapshot.plan(
+        with account.waited(compute_utils.disk_ops_semaphore):
+            planned = account.timed('plan', snapshot.plan)(
                 guest, host, wished, CONF.snapshot_ext.transfers, request)
             verify_hash = _must_verify_hash(instance)
             update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
             snapshot.take(
                 guest, host, planned, request, service,
-                self._description(instance, image, request.image_format),
+                self._description(instance, image, request.image_format,
+                                  caller),
                 verify_hash=verify_hash, before_upload=before_upload,
                 report=ServerReport(instance))
+        if caller == task_states.IMAGE_BACKUP and (
+                request.disks is requests.Disks.ALL):
+            _delete_rotated(context, instance, image)
 
     def _for_rollback(self, instance: objects.Instance, image_id: str,
                       wished: selection.Wish) -> dict[str, typing.Any]:
@@ -670,7 +722,7 @@ class SnapshotLibvirtDriver(
             raise nova_exception.InstanceNotRunning(
                 instance_id=instance.uuid) from error
         return guests.Guest(
-            domain, self._host._uri, in_thread=nova_utils.tpool_wrap,
+            domain, self._host._uri, in_thread=nova_compat.in_thread,
             find=lambda: self._domain(instance))
 
     def _domain(self, instance: objects.Instance) -> typing.Any:
@@ -688,9 +740,12 @@ class SnapshotLibvirtDriver(
             raise exception.SnapshotError(str(error)) from error
 
     def _description(self, instance: objects.Instance,
-                     image: dict[str, typing.Any],
-                     image_format: str) -> images.Description:
-        """What Nova's own driver sets, without what must not be kept."""
+                     image: dict[str, typing.Any], image_format: str,
+                     caller: str | None) -> images.Description:
+        """What Nova's own driver sets, without what must not be kept.
+
+        :param caller: the task state in which the snapshot was asked for
+        """
         metadata = self._create_snapshot_metadata(
             instance.image_meta, instance, image_format, image['name'])
         # Glance takes no None, and Nova leaves these two out then.
@@ -699,12 +754,28 @@ class SnapshotLibvirtDriver(
                       if value not in (None, '')}
         removed = {name for name in image['properties']
                    if name.startswith(snapshot.PROPERTY)}
-        removed |= {name for name in (REQUEST_PROPERTY, MEMORY_PROPERTY)
+        removed |= {name for name in (REQUEST_PROPERTY, MEMORY_PROPERTY,
+                                      DISKS_PROPERTY)
                     if not _inherited_request(instance, image, name)}
         return images.Description(
             name=metadata['name'], disk_format=metadata['disk_format'],
             container_format=metadata['container_format'],
-            properties=properties, removed=frozenset(removed))
+            properties=properties, removed=frozenset(removed),
+            # What finds all images of a server finds these as well. They have
+            # nothing that is for booting.
+            further={_OF_SERVER: instance.uuid} | (
+                _of_backup(image) if caller == task_states.IMAGE_BACKUP
+                else {}))
+
+
+def _takes_long(path: str) -> bool:
+    """Whether layers of a guest's disks are to be merged, however large."""
+    try:
+        pending = undo.read(path).pending.values()
+    except (FileNotFoundError, ValueError):
+        return False
+    return any(each.step == external_merge.merge_external_snapshot.__name__
+               for each in pending)
 
 
 def _finish_now(path: str, find: undo.FindGuest, host: undo.HostFor,
@@ -763,6 +834,50 @@ def _with_memory(image: dict[str, typing.Any]) -> bool:
             'it must be true or false') from error
 
 
+def _of_backup(image: dict[str, typing.Any]) -> dict[str, str]:
+    """What the images of further disks of a backup say of it.
+
+    A snapshot says the same whose server was booted from a backup.
+    """
+    kind = image['properties'].get(_BACKUP_TYPE)
+    return {} if kind is None else {rotation.PROPERTY: kind}
+
+
+def _delete_rotated(context: nova_context.RequestContext,
+                    instance: objects.Instance,
+                    image: dict[str, typing.Any]) -> None:
+    """Delete what Nova has left of earlier backups: it deletes the images of
+    root disks, when this one is taken."""
+    for kind in _of_backup(image).values():
+        try:
+            for image_id in rotation.delete_rotated(
+                    _glance(context), instance.uuid, kind):
+                LOG.info('Image %s is deleted: Nova has deleted the backup '
+                         'that it was of', image_id, instance=instance)
+        except Exception as error:
+            # This backup is whole; Nova would delete it after an error.
+            LOG.warning('Images of further disks of earlier backups may '
+                        'stay: %s', error, instance=instance)
+
+
+def _which_disks(instance: objects.Instance,
+                 image: dict[str, typing.Any]) -> requests.Disks:
+    """:raises InvalidSetting: if the image says something else"""
+    if _disk_is_deleted(instance):
+        # Its image is for Nova, which deletes it when it is used, and knows
+        # of no other.
+        return requests.Disks.ROOT
+    asked = image['properties'].get(
+        DISKS_PROPERTY, CONF.snapshot_ext.disks)
+    try:
+        return requests.Disks(asked)
+    except ValueError as error:
+        raise exception.InvalidSetting(
+            f'image property {DISKS_PROPERTY}', asked,
+            f'it must be {" or ".join(each.value for each in requests.Disks)}'
+        ) from error
+
+
 def _inherited_request(instance: objects.Instance,
                        image: dict[str, typing.Any], name: str) -> bool:
     """Whether the instance's own image asks for the same.
@@ -801,12 +916,11 @@ def _in_flight(context: nova_context.RequestContext,
     """What the next nova-compute needs to know if this one dies."""
     return in_flight.Record.begin(state_directory(), in_flight.Snapshot(
         image_id, instance.uuid, context.project_id, context.user_id,
-        context.request_id, instance.task_state))
+        context.request_id, instance.task_state), reconcile.settle_later)
 
 
 def _image_service(context: nova_context.RequestContext, image_id: str,
-                   announce: collections.abc.Callable[[int], None],
-                   ) -> images.ImageService:
+                   record: in_flight.Record) -> images.ImageService:
     name = CONF.snapshot_ext.image_service
     service: images.ImageService = plugins.load(
         plugins.IMAGE_SERVICES, name, '[snapshot_ext] image_service')(
@@ -815,7 +929,9 @@ def _image_service(context: nova_context.RequestContext, image_id: str,
                 retries=CONF.glance.num_retries,
                 send_timeout=CONF.snapshot_ext.send_timeout,
                 answer_timeout=CONF.snapshot_ext.answer_timeout,
-                announce=announce,
+                announce=record.announce,
+                begin_further=record.begin_further,
+                end_further=record.end_further,
                 directory=CONF.snapshot_ext.image_directory,
                 directory_setting='[snapshot_ext] image_directory'))
     return service
@@ -826,9 +942,7 @@ def _glance(context: nova_context.RequestContext) -> typing.Any:
 
     [glance] and [service_user] say how.
     """
-    proxy = nova_utils.get_sdk_adapter(
-        'image', admin=False, context=context,
-        ksa_auth=service_auth.get_service_user_token_auth_plugin(context))
+    proxy = nova_compat.image_proxy(nova_compat.request_auth(context))
     # A request's own auth plugin finds endpoints in its catalog and knows
     # nothing of versions.
     endpoint = next(nova_glance.get_api_servers(context))

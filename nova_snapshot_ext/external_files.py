@@ -26,6 +26,7 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import qemu_img
 
 FORMAT = 'qcow2'
+_MEMORY = '.memory'
 _TARGET = '[A-Za-z0-9]{1,12}'
 # How long QEMU may take to close one that a job of its has ended with.
 _CLOSE_TIMEOUT_S = 10.0
@@ -51,12 +52,20 @@ def overlay_beside(path: str, name: str, target: str) -> str:
 
 def memory_beside(path: str, name: str) -> str:
     """The path of the file with a snapshot's memory."""
-    return os.path.join(os.path.dirname(path), f'{name}.memory')
+    return os.path.join(os.path.dirname(path), f'{name}{_MEMORY}')
 
 
 def is_ours(path: str) -> bool:
     """Whether a file was made for a snapshot."""
     return _OVERLAY.fullmatch(os.path.basename(path)) is not None
+
+
+def overlays_in(directory: str) -> list[str]:
+    """The paths of all overlays that were made there, whosever they are."""
+    return sorted(
+        entry.path for entry in os.scandir(directory)
+        if is_ours(entry.path) and not entry.name.endswith(_MEMORY)
+        and entry.is_file(follow_symlinks=False))
 
 
 def create_overlay(path: str, below: disks_.Layer, capacity: int) -> None:
@@ -91,7 +100,7 @@ def delete(path: str) -> None:
         raise exception.NotOurs(path, 'it was made for no snapshot')
     if not os.path.lexists(path):
         return
-    if not path.endswith('.memory'):
+    if not path.endswith(_MEMORY):
         _check_closed(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -109,6 +118,10 @@ def _check_closed(path: str) -> None:
         raise exception.UndoFailed(
             f'{path} is not deleted: it was in use, though libvirt did not '
             f'know it ({path}{KEPT})')
+    if not os.access(path, os.R_OK):
+        raise exception.UndoFailed(
+            f'{path} is not deleted: user {os.getuid()} can not see whether '
+            f'it is in use')
     name = disks_.json_name(disks_.layer_options(disks_.Layer(path, FORMAT)))
     deadline = time.monotonic() + _CLOSE_TIMEOUT_S
     while True:

@@ -47,7 +47,7 @@ LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
 # A guest may be started or stopped meanwhile; so often it is looked anew.
 _TRIES = 5
-# Of a commit while the guest is off: as long as the disk takes.
+# Of a commit: as long as the disk takes.
 _COMMIT_TIMEOUT_S = 24 * 3600
 
 
@@ -113,9 +113,31 @@ def merge_external_snapshot(
         record = _record(records, child)
         if record is not None:
             records.replace(_with_file(record, merge))
+    used = used_files(around)
+    for path in files:
+        if path in used:
+            raise exception.UndoFailed(
+                f'{path} is not deleted: the guest is made of it')
     for path in files:
         external_files.delete(path)
     records.remove(name)
+
+
+def used_files(around: undo.Surroundings) -> set[str]:
+    """The paths of what a guest would be started with, and of all that it is
+    made of while it is off.
+
+    While it is up QEMU's locks tell, and better than libvirt where that died
+    in a pivot.
+    """
+    guest = around.guest
+    assert guest is not None
+    paths = set(guest.defined_disks().values())
+    if power.running_guest(around) is None:
+        for disk in guest.disks():
+            with contextlib.suppress(exception.UnsafeDisk):
+                paths |= {layer.path for layer in disks_.chain_of(disk)}
+    return paths
 
 
 def _record(records: domain_records.Records,
@@ -178,7 +200,7 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
                     f'the guest is off now: nobody knows which of them is '
                     f'newer ({merge.note})')
             _commit(around, merge, upper)
-            _put_on_base(merge, paths[:0])
+            _put_on_base(around, merge, paths[:0])
             if merge.top == paths[0]:
                 around.guest.define_disks({merge.target: merge.lower})
         return False        # looked at once more
@@ -192,7 +214,7 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
         _commit(around, merge, disks_.chain_from_headers(
             disks_.Layer(merge.top, external_files.FORMAT)))
     if child is not None:
-        _put_on_base(merge, paths)
+        _put_on_base(around, merge, paths)
     elif around.guest.defined_disks().get(merge.target) == merge.top:
         around.guest.define_disks({merge.target: merge.lower})
     return True
@@ -222,7 +244,11 @@ def _commit_by_job(guest: guests.Guest, merge: Merge,
             if error.of_connection or not _is_done_by_qemu(guest, merge):
                 raise
             return True
+    deadline = time.monotonic() + _COMMIT_TIMEOUT_S
     while (job := guest.block_job(merge.target)) is not None:
+        if time.monotonic() > deadline:
+            raise exception.UndoFailed(
+                f'The commit of {merge.top} into {merge.base} does not end')
         if job.mirror not in ('', merge.base):
             raise exception.UndoFailed(
                 f'{merge.target} has another block job: {job.kind}')
@@ -299,7 +325,7 @@ def _commit(around: undo.Surroundings, merge: Merge,
             disks_.chain_options(layers)), timeout=_COMMIT_TIMEOUT_S)
 
 
-def _put_on_base(merge: Merge,
+def _put_on_base(around: undo.Surroundings, merge: Merge,
                  in_use: collections.abc.Container[str]) -> None:
     """Have the other overlays be based on the lower layer, which holds the
     same.
@@ -308,8 +334,9 @@ def _put_on_base(merge: Merge,
     """
     for path in merge.above:
         if path not in in_use and os.path.exists(path):
-            qemu_img.run('rebase', '-u', '-f', external_files.FORMAT,
-                         '-b', merge.base, '-F', merge.format, path)
+            with internal_snapshot.own(around, path):
+                qemu_img.run('rebase', '-u', '-f', external_files.FORMAT,
+                             '-b', merge.base, '-F', merge.format, path)
 
 
 def delete(guest: guests.Guest, record: domain_records.Record,
@@ -371,8 +398,11 @@ def _plan(guest: guests.Guest, record: domain_records.Record,
             + '; all but one of them have to be deleted before')
     _check_alone(guest, record, records, now)
     if not children and not is_current:
+        _check_no_other(record, set())
+        # The first file of a disk that was attached later stays.
         return {'child': None, 'merges': [],
-                'files': [*record.disks.values(), *files]}
+                'files': [*filter(external_files.is_ours,
+                                  record.disks.values()), *files]}
     child = children[0] if children else None
     merges = []
     for target, base in record.disks.items():
@@ -381,10 +411,17 @@ def _plan(guest: guests.Guest, record: domain_records.Record,
             raise exception.DeletionRefused(
                 f'{target} of {guest.name} is not based on {base} any more: '
                 f'it was changed by somebody else')
+        above = _above(records, child, now, target)
+        for path in above:
+            if not external_files.is_ours(path) or (
+                    external_files.base_of(path) != top):
+                raise exception.DeletionRefused(
+                    f'{target} of {guest.name}, {path}, is not based on '
+                    f'{top} any more: it was changed by somebody else')
         merges.append(dataclasses.asdict(Merge(
-            target, top, base, record.files.formats[target],
-            _above(records, child, now, target))))
+            target, top, base, record.files.formats[target], above)))
         _check_room(top, base)
+    _check_no_other(record, {merge['top'] for merge in merges})
     return {'child': child and child.name, 'merges': merges,
             'files': [merge['top'] for merge in merges] + files}
 
@@ -399,17 +436,36 @@ def _check_alone(guest: guests.Guest, record: domain_records.Record,
 
     :raises DeletionRefused: if something does
     """
-    states = {each.title: each.disks for each in records.all()
-              if each.parent != record.name}
+    # Titles need not be unique.
+    states = [(each.title, each.disks) for each in records.all()
+              if each.parent != record.name]
     if records.current != record.name:
-        states['its present state'] = now
-    for title, disks in states.items():
+        states.append(('its present state', now))
+    for title, disks in states:
         for target, path in disks.items():
             if external_files.is_ours(path) and external_files.base_of(
                     path) in record.disks.values():
                 raise exception.DeletionRefused(
                     f'{target} of {guest.name} in {title} is based on what '
                     f'{record.title} is made of')
+
+
+def _check_no_other(record: domain_records.Record,
+                    known: collections.abc.Container[str]) -> None:
+    """See that no other overlay rests on its files, such as that of a disk
+    that was detached: it would be lost, and no record tells of it.
+
+    :param known: paths of those that are merged
+    :raises DeletionRefused: if one does
+    """
+    bases = set(record.disks.values())
+    for directory in sorted(set(map(os.path.dirname, bases))):
+        for path in external_files.overlays_in(directory):
+            if path not in known and external_files.base_of(path) in bases:
+                raise exception.DeletionRefused(
+                    f'{path} is based on what {record.title} is made of, and '
+                    f'is no disk of a state that is known: if nobody needs '
+                    f'it, delete it before')
 
 
 def _above(records: domain_records.Records,

@@ -28,6 +28,7 @@ from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import external_files
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import external_snapshot
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
@@ -182,7 +183,11 @@ class Way:
             if not error.of_connection:
                 raise
             domain_snapshot.let_call_end(self.guest, None)
-            if self.guest.state() is guests.State.SHUTOFF:
+            # Somebody else may have started it from its saved memory.
+            if (self.guest.state() is guests.State.SHUTOFF
+                    or not _is_made_of(self.guest, {
+                        target: layer.path
+                        for target, layer in files.items()})):
                 raise
 
 
@@ -215,8 +220,15 @@ def come_back_to_overlays(
     assert guest is not None
     if around.owner_died and not around.rebooted:
         domain_snapshot.let_call_end(guest, life)
-    if _has_arrived(around, guest, new) or not all(
-            map(os.path.exists, now.values())):
+    arrived = _has_arrived(around, guest, new)
+    gone = [disk for disk, path in now.items() if not os.path.exists(path)]
+    for disk in gone:
+        if not arrived and not os.path.exists(new[disk]):
+            # Nobody deletes both: what they are on is not there.
+            raise exception.UndoFailed(
+                f'{now[disk]} of {guest.name} is not there, and nothing in '
+                f'its place: is its file system mounted?')
+    if arrived or gone:
         # What it was is given up.
         delete_left_overlays(around, paths=list(now.values()), uuid=uuid,
                              state_directory=state_directory)
@@ -235,10 +247,13 @@ def come_back_to_overlays(
 def _has_arrived(around: undo.Surroundings, guest: guests.Guest,
                  new: dict[str, str]) -> bool:
     """Whether it runs from the new overlays, as no earlier life of it did."""
-    if power.running_guest(around) is None:
-        return False
+    return (power.running_guest(around) is not None
+            and _is_made_of(guest, new))
+
+
+def _is_made_of(guest: guests.Guest, paths: dict[str, str]) -> bool:
     found = {disk.target: disk.path for disk in guest.disks()}
-    return all(found.get(target) == path for target, path in new.items())
+    return all(found.get(target) == path for target, path in paths.items())
 
 
 def _let_run_on(around: undo.Surroundings, guest: guests.Guest) -> None:
@@ -263,6 +278,9 @@ def delete_left_overlays(around: undo.Surroundings, paths: list[str],
     if power.is_gone(around):
         return
     assert around.guest is not None
+    if not external_merge.used_files(around).isdisjoint(paths):
+        # It has come back to them: this failed before, and that did not.
+        return
     if power.running_guest(around) is not None:
         # Of another life than this one.
         around.guest.remove_cut_save()

@@ -79,6 +79,7 @@ def obstacle(guest: guests.Guest, disks: base.Disks,
              else _why_not_off(guest))
             or base.why_not_readable(held)
             or _why_no_file(held)
+            or _why_not_by_headers(guest, held)
             or (_why_no_memory(guest, held, request) if with_memory
                 else quiesce.obstacle(guest, request) if up else None)
             or _why_no_room(guest, held, with_memory, request))
@@ -98,6 +99,34 @@ def _why_no_file(held: base.Disks) -> str | None:
             return (f'user {os.getuid()} can not make an overlay of '
                     f'{disk.target} in {directory}')
     return None
+
+
+def _why_not_by_headers(guest: guests.Guest, held: base.Disks) -> str | None:
+    """What a definition says of a disk beyond its path and its format is lost
+    with an overlay: what is below that is what headers say.
+    """
+    parts = {disks_.target_of(element) for element in
+             guest.description().findall('./devices/disk')
+             if element.find('./source/slices') is not None}
+    for disk in held:
+        if disk.target in parts:
+            return (f'{disk.target} is a part (slice) of its file, and an '
+                    f'overlay would be of all of it')
+        try:
+            by_headers = disks_.chain_from_headers(
+                disks_.Layer(disk.path, disk.format))
+            as_it_is = disks_.chain_of(disk)
+        except exception.SnapshotError as error:
+            return str(error)
+        if _names(by_headers) != _names(as_it_is):
+            return (f'what {disk.target} is based on is said by its '
+                    f'definition (backingStore), which an overlay does not '
+                    f'keep, and otherwise in the header of {disk.path}')
+    return None
+
+
+def _names(chain: tuple[disks_.Layer, ...]) -> list[tuple[str, str]]:
+    return [(os.path.realpath(layer.path), layer.format) for layer in chain]
 
 
 def _why_no_memory(guest: guests.Guest, held: tuple[disks_.Disk, ...],

@@ -107,3 +107,6 @@ class Frozen:
     #: called with where the image is once it is whole: what the flow made to
     #: stay on the host stays from then on
     keep: collections.abc.Callable[[str], None] = lambda location: None
+    #: bytes that the flow has put on the host's disk for the disks to stay
+    #: frozen, None where that is not known; asked before they are thawed
+    scratch_bytes: collections.abc.Callable[[], int | None] = lambda: None

@@ -227,15 +227,17 @@ class Resets:
 
     def _listen(self, uri: str, uuid: str) -> None:
         run_event_loop()
-        self._connection = libvirt.open(uri)
-        if not guests.Guest.find(self._connection, uri, uuid).has_agent():
+        connection = libvirt.open(uri)
+        if not guests.Guest.find(connection, uri, uuid).has_agent():
             # It is never frozen: nobody wants to know.
-            self._connection.close()
+            connection.close()
             self._try_at = float('inf')
             return
-        self._connection.domainEventRegisterAny(
-            self._connection.lookupByUUIDString(uuid),
+        connection.domainEventRegisterAny(
+            connection.lookupByUUIDString(uuid),
             libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._is_reset, None)
+        # Where that failed it is tried again.
+        self._connection = connection
 
     def _is_reset(self, connection: object, domain: object,
                   nothing: object) -> None:

@@ -349,14 +349,7 @@ class Guest:
         found = next((each for each in disks if each.device == 'disk'), None)
         if found is None:
             raise exception.UnsafeDisk(f'{self.name} has no disk')
-        # libvirt is told by it which disk is meant, and files are named so.
-        if not _TARGET.fullmatch(found.target):
-            raise exception.UnsafeDisk(
-                f'{self.name} has a disk with the name '
-                f'"{exception.shown(found.target)}"')
-        if [each.target for each in disks].count(found.target) > 1:
-            raise exception.UnsafeDisk(
-                f'{self.name} has several disks with the name {found.target}')
+        check_name(self.name, found, disks)
         return found
 
     def capacity(self, target: str) -> int:
@@ -928,7 +921,7 @@ class Guest:
             image = device.get('inserted', {}).get('image')
             chain = []
             while image:
-                chain.append(str(image['filename']))
+                chain.append(_path_in(image['filename']))
                 image = image.get('backing-image')
             chains.append(chain)
         return chains
@@ -1062,6 +1055,17 @@ class Guest:
                                   'nseconds': now_ns % 10 ** 9})
 
 
+def _path_in(name: str) -> str:
+    """The path in what QEMU calls a file, with the options that it was
+    opened by where they are not what its header says."""
+    if not name.startswith('json:'):
+        return name
+    options = json.loads(name.removeprefix('json:'))
+    while isinstance(options.get('file'), dict):
+        options = options['file']
+    return str(options.get('filename', options.get('file.filename', name)))
+
+
 def _change_disks(
         root: ElementTree.Element,
         files: collections.abc.Mapping[str, disk.Layer]) -> None:
@@ -1083,6 +1087,24 @@ def _change_disks(
         for name in ('backingStore', 'mirror'):
             for old in element.findall(name):
                 element.remove(old)
+
+
+def check_name(guest: str, found: disk.Disk,
+               disks: collections.abc.Sequence[disk.Disk]) -> None:
+    """:raises UnsafeDisk: if a disk's name is no name, or that of several
+
+    libvirt is told by it which disk is meant, and files are named so.
+
+    :param guest: its name
+    :param disks: all that it has
+    """
+    if not _TARGET.fullmatch(found.target):
+        raise exception.UnsafeDisk(
+            f'{guest} has a disk with the name '
+            f'"{exception.shown(found.target)}"')
+    if [each.target for each in disks].count(found.target) > 1:
+        raise exception.UnsafeDisk(
+            f'{guest} has several disks with the name {found.target}')
 
 
 def _parsed(xml: str) -> ElementTree.Element:

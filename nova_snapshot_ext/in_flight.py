@@ -13,13 +13,15 @@
 """What is on disk of Nova's snapshots in flight: for after nova-compute died.
 
 The undo log says how a guest comes back, and its guard may finish that while
-nova-compute is dead. What only nova-compute can see to, the image in Glance
-and what Nova says of the server, is in a file of its own, one for each image:
-it is there from before the snapshot begins until nova-compute has seen its
-end; and, if that is an error, until Nova has had the time to delete the image.
-A lock tells whether the one that wrote it lives, as that of an undo log does.
+nova-compute is dead. What only nova-compute can see to, the images in Glance
+and what Nova says of the server, is in a file of its own, one for each image
+that Nova made; those of further disks are named in it. It is there from before
+the snapshot begins until nova-compute has seen its end; and, if that is an
+error, until Nova has had the time to delete its image. A lock tells whether
+the one that wrote it lives, as that of an undo log does.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
 import os
@@ -62,7 +64,9 @@ class Record(contextlib.AbstractContextManager['Record']):
     """A snapshot in flight, as long as the process lives that holds it."""
 
     def __init__(self, path: str, descriptor: int, snapshot: Snapshot,
-                 announced: list[int], failure: str | None = None) -> None:
+                 announced: list[int], failure: str | None = None,
+                 further: list[str] | None = None,
+                 adopted: bool = False) -> None:
         """Use :meth:`begin` or :meth:`adopt`."""
         self.path = path
         self._descriptor = descriptor
@@ -71,12 +75,23 @@ class Record(contextlib.AbstractContextManager['Record']):
         self.announced = announced
         #: why the snapshot failed, None while it had not
         self.failure = failure
+        #: the images of further disks that there may be
+        self.further = [] if further is None else further
+        #: whether another process wrote it, which is dead
+        self.adopted = adopted
+        self._settle: collections.abc.Callable[
+            [Record], object] = Record.close
 
     @classmethod
-    def begin(cls, directory: str, snapshot: Snapshot) -> 'Record':
+    def begin(
+            cls, directory: str, snapshot: Snapshot,
+            settle: 'collections.abc.Callable[[Record], object] | None' = None,
+    ) -> 'Record':
         """Write that a snapshot is begun, and flush it.
 
         :param directory: where undo logs are kept; made if it is not there
+        :param settle: called where the snapshot has failed, and images of
+            further disks could not be deleted: Nova does not know of them
         :raises GuestBusy: if a living process fills the same image
         """
         # Sockets may be made below it, which QEMU passes to.
@@ -94,7 +109,10 @@ class Record(contextlib.AbstractContextManager['Record']):
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(path, descriptor, snapshot, [])
+        record = cls(path, descriptor, snapshot, [])
+        if settle is not None:
+            record._settle = settle
+        return record
 
     @classmethod
     def adopt(cls, path: str) -> 'Record | None':
@@ -112,7 +130,9 @@ class Record(contextlib.AbstractContextManager['Record']):
                 os.unlink(path)
                 os.close(descriptor)
                 return None
-            return cls(path, descriptor, *_understood(path, records))
+            undo.drop_cut_line(descriptor)
+            return cls(path, descriptor, *_understood(path, records),
+                       adopted=True)
         except BaseException:
             os.close(descriptor)
             raise
@@ -121,6 +141,21 @@ class Record(contextlib.AbstractContextManager['Record']):
         """Write that a body is about to be sent, and flush it."""
         undo.append(self._descriptor, self.path, {'announced': length})
         self.announced.append(length)
+
+    def begin_further(self, image_id: str) -> None:
+        """Write that an image of a further disk is about to be made, and
+        flush it."""
+        undo.append(self._descriptor, self.path, {'further': image_id})
+        self.further.append(image_id)
+
+    def end_further(self, image_id: str) -> None:
+        """Write that an image of a further disk needs nothing any more."""
+        if image_id in self.further:
+            self.further.remove(image_id)
+            # Without it the image is asked for once more.
+            with contextlib.suppress(OSError):
+                undo.append(self._descriptor, self.path,
+                            {'further': image_id, 'done': True})
 
     def forget(self) -> None:
         """Nothing is left to see to."""
@@ -161,9 +196,16 @@ class Record(contextlib.AbstractContextManager['Record']):
         with contextlib.suppress(OSError):
             undo.append(self._descriptor, self.path, {'failed': failure})
         _left_to_nova[self.path] = self
-        timer = threading.Timer(_NOVA_DELETES_S, self.forget)
+        timer = threading.Timer(_NOVA_DELETES_S, self._end_of_wait)
         timer.daemon = True
         timer.start()
+
+    def _end_of_wait(self) -> None:
+        if self.further and self._descriptor >= 0:
+            _left_to_nova.pop(self.path, None)
+            self._settle(self)
+        else:
+            self.forget()
 
 
 def left_in(directory: str) -> list[str]:
@@ -172,7 +214,7 @@ def left_in(directory: str) -> list[str]:
 
 
 def _understood(path: str, records: list[typing.Any],
-                ) -> tuple[Snapshot, list[int], str | None]:
+                ) -> tuple[Snapshot, list[int], str | None, list[str]]:
     try:
         head = dict(records[0])
         version = head.pop('in_flight')
@@ -181,12 +223,17 @@ def _understood(path: str, records: list[typing.Any],
                 f'{path} is a record of version {version}; this is for '
                 f'version {VERSION}')
         announced, failure = [], None
+        further: dict[str, None] = {}
         for record in records[1:]:
             if 'failed' in record:
                 failure = str(record['failed'])
+            elif record.get('done'):
+                further.pop(record['further'], None)
+            elif 'further' in record:
+                further[str(record['further'])] = None
             else:
                 announced.append(int(record['announced']))
-        return Snapshot(**head), announced, failure
-    except (KeyError, TypeError) as error:
+        return Snapshot(**head), announced, failure, list(further)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path} is not a record of a snapshot: {error}') from error

@@ -18,13 +18,15 @@ to standard error, each line a JSON object:
 ``{"looked": N, "of": N}``
     at which byte of the disk zeroes are looked for, every second while that
     goes on; at byte 0, when its server is asked where there is data
-``{"length": N}``
-    the image's exact length in bytes, before its first one
+``{"length": N, "read": N}``
+    the image's exact length in bytes, before its first one, and how many
+    bytes of the disk were read to know it
 ``{"moved": N}``
     how much of it was written, every second, where ``--tell`` asks for that:
     to somebody who does not read the image
-``{"written": N, "digest": "..."}``
-    at the end, after the last byte; the digest if one was asked for
+``{"written": N, "digest": "...", "read": N}``
+    at the end, after the last byte; the digest if one was asked for, and how
+    many bytes of the disk were read in all
 ``{"error": "..."}``
     why there is no (more of the) image
 
@@ -79,6 +81,8 @@ class Output:
         self._hash: typing.Any = None
         #: bytes
         self.written = 0
+        #: called after each write: holes take their time as well
+        self.told: collections.abc.Callable[[], None] = lambda: None
 
     def hash_by(self, algorithm: str | None) -> None:
         """:param algorithm: of the hash of all that is written, if any"""
@@ -92,6 +96,7 @@ class Output:
             while done < len(view):
                 done += os.write(self._descriptor, view[done:])
             self.written += done
+        self.told()
 
     def fill_to(self, position: int) -> None:
         """Write zeroes up to a position."""
@@ -183,17 +188,16 @@ def move(options: argparse.Namespace, tempo: tempos.Tempo, output: Output,
             export, clusters, tempo, options.in_flight,
             lambda offset: say(looked=offset, of=export.size)).run()
     image = FORMATS[options.format](clusters)
-    say(length=image.length)
+    say(length=image.length, read=tempo.total)
     output.hash_by(begin())
-    data: Data = export.read(pieces(clusters), options.in_flight, tempo)
     if options.tell:
-        data = _after_each(
-            data, _now_and_then(lambda: say(moved=output.written)))
-    image.write(data, output)
+        output.told = _now_and_then(lambda: say(moved=output.written))
+    image.write(
+        export.read(pieces(clusters), options.in_flight, tempo), output)
     if output.written != image.length:
         raise nbd.NbdError(
             f'{output.written} bytes of {image.length} were written')
-    say(written=output.written, digest=output.digest)
+    say(written=output.written, digest=output.digest, read=tempo.total)
 
 
 def _now_and_then(tell: collections.abc.Callable[[], None],
@@ -207,13 +211,6 @@ def _now_and_then(tell: collections.abc.Callable[[], None],
             told_at = time.monotonic()
             tell()
     return may_tell
-
-
-def _after_each(data: Data,
-                call: collections.abc.Callable[[], None]) -> Data:
-    for each in data:
-        yield each
-        call()
 
 
 def _say(**words: object) -> None:

@@ -113,12 +113,16 @@ class MoverStream(io.RawIOBase):
     """
 
     def __init__(self, arguments: collections.abc.Sequence[str],
-                 discard: bool = False, read_timeout: int = 300) -> None:
+                 discard: bool = False, read_timeout: int = 300,
+                 tell_read: collections.abc.Callable[[int], None] = (
+                     lambda more: None)) -> None:
         """Start the mover.
 
         :param arguments: as :func:`command` gives them
         :param discard: let nobody have the image: only its hash counts
         :param read_timeout: seconds in which what it reads must answer it
+        :param tell_read: told how many bytes more it has read of the disk,
+            as far as it says
         :raises TransferFailed: if it can't be run
         """
         super().__init__()
@@ -131,6 +135,8 @@ class MoverStream(io.RawIOBase):
         self.position = 0
         self.digest: str | None = None
         self._words = ''
+        self._tell_read = tell_read
+        self._read_bytes = 0
         self._open: list[int] = []
         self._control, control = socket.socketpair()
         # A mover that is stopped holds nobody up.
@@ -158,6 +164,7 @@ class MoverStream(io.RawIOBase):
             while 'looked' in (said := self._next_words()):
                 progress(said['looked'], said['of'])
             self.length = int(said['length'])
+            self._has_read(said)
         except BaseException:
             self.close()
             raise
@@ -253,6 +260,12 @@ class MoverStream(io.RawIOBase):
                 f'it ended with {code} after {self.position} bytes of '
                 f'{self.length}')
         self.digest = said.get('digest')
+        self._has_read(said)
+
+    def _has_read(self, said: dict[str, typing.Any]) -> None:
+        read: int = said.get('read', self._read_bytes)
+        self._tell_read(read - self._read_bytes)
+        self._read_bytes = read
 
     def _wait_for(self, pipe: int, size: int) -> bytes:
         """What comes next, nothing where nothing does any more."""

@@ -13,6 +13,7 @@
 
 """How far a snapshot is: told by who moves bytes, read by who shows it."""
 
+import collections.abc
 import dataclasses
 import functools
 import time
@@ -90,3 +91,22 @@ class Meter:
                 if rate else 'nothing moves')
         return (f'{told.done / _MIB:.0f} of {told.total / _MIB:.0f} '
                 f'MiB {told.phase.verb}, {rate / _MIB:.1f} MiB/s, {left}')
+
+
+class Together:
+    """How far several are that come one after the other, told as one."""
+
+    def __init__(self, tell: requests.Progress,
+                 expected: collections.abc.Sequence[int]) -> None:
+        """:param expected: the bytes of each, until it tells them itself"""
+        self._tell = tell
+        self._parts = [(0, total) for total in expected]
+
+    def part(self, number: int) -> requests.Progress:
+        """What the progress of one of them is told to."""
+        return functools.partial(self._told, number)
+
+    def _told(self, number: int, done: int, total: int) -> None:
+        self._parts[number] = done, total
+        self._tell(sum(done for done, _ in self._parts),
+                   sum(total for _, total in self._parts))

@@ -18,6 +18,7 @@ one thread, again and again while there is no clear answer, for a day; then the
 next start of nova-compute goes on with it.
 """
 
+import functools
 import threading
 import time
 import typing
@@ -29,18 +30,22 @@ import nova.conf
 from nova import context as nova_context
 from nova import exception as nova_exception
 from nova import objects
-from nova import utils as nova_utils
 from oslo_log import log as logging
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import dead
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import notification
+from nova_snapshot_ext import nova_compat
 
 LOG = logging.getLogger(__name__)
 CONF = nova.conf.CONF
 
 #: the event of a server's action that says how its snapshot ended
 EVENT = 'snapshot_ext_snapshot'
+#: in place of an error's name, where there was nobody left to fail
+DIED = 'ComputeDied'
 
 _RETRY_S = 5.0
 _LONGEST_RETRY_S = 600.0
@@ -88,6 +93,15 @@ def after_death(directory: str, instances: typing.Any) -> None:
                          daemon=True).start()
 
 
+def settle_later(record: in_flight.Record) -> None:
+    """See to images of further disks of a snapshot that failed: those that
+    Glance did not delete when it was told to, and all where the snapshot
+    failed after they were whole.
+    """
+    threading.Thread(target=_settle_all, args=([record],),
+                     daemon=True).start()
+
+
 def _free(instance: objects.Instance | None,
           snapshot: in_flight.Snapshot) -> None:
     """Let a server be used again whose state Nova would keep for ever.
@@ -113,6 +127,13 @@ def _settle_all(records: list[in_flight.Record]) -> None:
     for record in records:
         if record.failure is None:
             _tell(record.snapshot, _why(record))
+            # What failed has had its line.
+            accounts.say(accounts.Account(
+                record.snapshot.instance_uuid, record.snapshot.image_id,
+                record.snapshot.request_id, outcome=accounts.FAILED,
+                error=DIED, reason=_DIED, ours=False),
+                functools.partial(
+                    notification.send, _context_of(record.snapshot)))
     begun = time.monotonic()
     wait_s = _RETRY_S
     while records:
@@ -130,23 +151,20 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     :param waited: seconds since the first time
     """
     try:
-        outcome = dead.settle(
-            glance(), record.snapshot, record.announced,
-            _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
-            # A store may take it as long as that of a living one.
-            patient=waited < CONF.snapshot_ext.answer_timeout)
+        outcome = _settled(record, waited)
     except exception.ImageGone as error:
         if record.failure is not None:
             # Nova had been told to delete it.
             LOG.info('image %s of a snapshot that failed is gone',
                      record.snapshot.image_id)
+            _name_unseen(record)
             record.forget()
             return True
         # Glance says the same of an image that one may not see.
         if waited < _GIVE_UP_S:
             return _is_said(record, waited, error)
-        outcome = (f'image {record.snapshot.image_id} is gone, or is not '
-                   f'shown to [{CONF.snapshot_ext.dead_image_auth}]')
+        outcome = _unseen(record.snapshot.image_id)
+        _name_unseen(record)
     except Exception as error:
         if waited < _GIVE_UP_S:
             return _is_said(record, waited, error)
@@ -161,10 +179,69 @@ def _is_settled(record: in_flight.Record, waited: float) -> bool:
     return True
 
 
+def _settled(record: in_flight.Record, waited: float) -> str:
+    """:returns: what became of the images
+
+    :raises ImageGone: if that of the root disk is not found; those of further
+        disks are seen to
+    :raises ImageServiceError: if Glance gives no clear answer
+    """
+    proxy = glance()
+    try:
+        outcome = dead.settle(
+            proxy, record.snapshot, record.announced,
+            _why(record) if CONF.snapshot_ext.dead_image == 'keep' else None,
+            # A store may take it as long as that of a living one.
+            patient=waited < CONF.snapshot_ext.answer_timeout)
+    except exception.ImageGone:
+        _settle_further(proxy, record, shown=False)
+        raise
+    return '; '.join([outcome, *_settle_further(proxy, record, shown=True)])
+
+
+def _settle_further(proxy: typing.Any, record: in_flight.Record,
+                    shown: bool) -> list[str]:
+    """:param shown: whether that of the root disk is: what is not is gone.
+        Else it may be there, and stays to be asked for again
+    :returns: what became of the images of further disks
+    """
+    outcomes = []
+    if record.further:
+        whole = dead.is_whole(proxy, record.snapshot, record.announced)
+        for image_id in list(record.further):
+            try:
+                outcome = dead.settle_further(
+                    proxy, record.snapshot, image_id, whole,
+                    failed=record.failure is not None)
+            except exception.ImageGone:
+                if not shown:
+                    continue
+                outcome = f'image {image_id} is gone'
+            LOG.warning('%s; %s', _why(record), outcome,
+                        instance_uuid=record.snapshot.instance_uuid)
+            outcomes.append(outcome)
+            record.end_further(image_id)
+    return outcomes
+
+
+def _name_unseen(record: in_flight.Record) -> None:
+    """Say which images of further disks are given up."""
+    for image_id in record.further:
+        LOG.warning('%s; %s', _why(record), _unseen(image_id),
+                    instance_uuid=record.snapshot.instance_uuid)
+
+
+def _unseen(image_id: str) -> str:
+    return (f'image {image_id} is gone, or is not shown to '
+            f'[{CONF.snapshot_ext.dead_image_auth}]')
+
+
 def _why(record: in_flight.Record) -> str:
     """Why there may be an image that nobody fills."""
     if record.failure is None:
         return _DIED
+    if not record.adopted:
+        return record.failure
     return f'{record.failure}; then nova-compute died'
 
 
@@ -179,9 +256,7 @@ def _is_said(record: in_flight.Record, waited: float,
 
 def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
     """Say in the server's events, under its request, how it ended."""
-    context = nova_context.RequestContext(
-        user_id=snapshot.user_id, project_id=snapshot.project_id,
-        is_admin=True, request_id=snapshot.request_id)
+    context = _context_of(snapshot)
     try:
         objects.InstanceActionEvent.event_finish_with_failure(
             context, snapshot.instance_uuid, EVENT, exc_val=what,
@@ -193,6 +268,14 @@ def _tell(snapshot: in_flight.Snapshot, what: str) -> None:
     except Exception as error:
         LOG.warning('The events of server %s do not say how its snapshot '
                     'ended: %s', snapshot.instance_uuid, error)
+
+
+def _context_of(
+        snapshot: in_flight.Snapshot) -> nova_context.RequestContext:
+    """The request that it was taken for, with rights of our own."""
+    return nova_context.RequestContext(
+        user_id=snapshot.user_id, project_id=snapshot.project_id,
+        is_admin=True, request_id=snapshot.request_id)
 
 
 def glance() -> typing.Any:
@@ -211,7 +294,7 @@ def glance() -> typing.Any:
         raise exception.ImageServiceError(
             f'[snapshot_ext] dead_image_auth = {group}, and [{group}] of '
             f'nova.conf has no auth_type')
-    proxy = nova_utils.get_sdk_adapter('image', admin=False, ksa_auth=auth)
+    proxy = nova_compat.image_proxy(auth)
     if CONF.glance.api_servers:
         proxy.endpoint_override = (
             f'{CONF.glance.api_servers[0].rstrip("/")}/v2')

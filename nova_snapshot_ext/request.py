@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import typing
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import cancellation as cancellations
 
 
@@ -26,6 +27,14 @@ class Quiesce(enum.Enum):
     NEVER = 'never'
     IF_POSSIBLE = 'if possible'
     REQUIRED = 'required'
+
+
+class Disks(enum.Enum):
+    """Which disks of a guest a snapshot is of."""
+
+    ROOT = 'root'
+    #: all that are the guest's own
+    ALL = 'all'
 
 
 #: called with the bytes done and the bytes expected, as often as one likes
@@ -104,3 +113,9 @@ class Request:
     #: seconds that saving a guest's memory may take
     save_timeout: int = 3600
     domain: DomainSnapshot = DomainSnapshot()
+    disks: Disks = Disks.ROOT
+    #: what ties the images of all disks together, '' for a new id
+    group: str = ''
+    #: what is done is put down here
+    account: accounts.Account = dataclasses.field(
+        default_factory=accounts.Account)

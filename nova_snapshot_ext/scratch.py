@@ -88,7 +88,7 @@ class _File:
         self._most = most_bytes(capacity)
         # libvirt gives the file to QEMU's user while the job runs.
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._size = self._bytes()
+        self._size = self.held_bytes()
         self._growth = 0
         self._reserved = 0
         self._checked_at = float('-inf')
@@ -103,7 +103,7 @@ class _File:
         if time.monotonic() >= self._checked_at + _CHECK_S:
             self._checked_at = time.monotonic()
             self._check_writable()
-        size = self._bytes()
+        size = self.held_bytes()
         self._growth = max(self._growth, size - self._size)
         self._size = size
         ahead = max(_LEAST_AHEAD, self._growth * _LOOKS_AHEAD)
@@ -160,7 +160,7 @@ class _File:
                     error.errno, f'{self.path} can not be written to any '
                     f'more: {os.strerror(error.errno)}') from error
 
-    def _bytes(self) -> int:
+    def held_bytes(self) -> int:
         """What QEMU has put into it; it fills a file from its start."""
         return os.fstat(self._descriptor).st_size
 
@@ -183,6 +183,10 @@ class Files:
         self._files = files
         #: by the disk's target
         self.paths = {target: file.path for target, file in files.items()}
+
+    def held_bytes(self) -> int:
+        """What QEMU has put into all of them."""
+        return sum(file.held_bytes() for file in self._files.values())
 
     def reserve_ahead(self) -> None:
         """:raises OSError: if the room can't be had; it says which"""

@@ -28,13 +28,15 @@ def state_directory(conf: typing.Any) -> str:
             or os.path.join(conf.state_path, 'snapshot-ext'))
 
 
-def request(group: typing.Any, staging: str, state: str,
+def request(group: typing.Any, staging: str, state: str, /,
+            disks: requests.Disks | None = None,
             **others: typing.Any) -> requests.Request:
     """What [snapshot_ext] says, and what its caller says beside it.
 
     :param group: its options
     :param staging: the staging directory
     :param state: the state directory
+    :param disks: None for what the options say
     :param others: fields of the request
     """
     return requests.Request(
@@ -52,16 +54,21 @@ def request(group: typing.Any, staging: str, state: str,
         guest_share=group.guest_share,
         read_timeout=group.read_timeout,
         save_timeout=group.save_timeout,
+        disks=disks or requests.Disks(group.disks),
         **others)
 
 
 def server_request(
         conf: typing.Any, disk: disks.Disk, quiesce: requests.Quiesce,
-        may_stop: bool, domain: requests.DomainSnapshot) -> requests.Request:
+        may_stop: bool, domain: requests.DomainSnapshot,
+        which: requests.Disks | None = None,
+        **others: typing.Any) -> requests.Request:
     """What a snapshot of a server of Nova's is asked to be.
 
     :param conf: Nova's configuration, with our options
     :param disk: the root disk
+    :param which: disks it is of; None for what the configuration says
+    :param others: fields of the request
     """
     disabled = {}
     if conf.workarounds.disable_libvirt_livesnapshot:
@@ -77,4 +84,7 @@ def server_request(
         staging_setting='[libvirt] snapshots_directory',
         may_stop=may_stop,
         disabled_flows=disabled,
-        domain=domain)
+        domain=domain,
+        disks=which,
+        group=domain.image_id,
+        **others)

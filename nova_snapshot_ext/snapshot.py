@@ -16,6 +16,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import time
+import uuid
 
 from oslo_log import log as logging
 
@@ -26,8 +27,8 @@ from nova_snapshot_ext import frozen as frozen_
 from nova_snapshot_ext import guard as guards
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import host as hosts
-from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import own_disks
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import progress
 from nova_snapshot_ext import request as requests
@@ -41,6 +42,8 @@ LOG = logging.getLogger(__name__)
 #: every property of an image that we write begins so
 PROPERTY = 'snapshot_ext_'
 
+#: characters of an image's name, in Glance
+_LONGEST_NAME = 255
 # How long libvirt may take to know that a guest ended whose disk was read.
 _END_IS_KNOWN_S = 2.0
 _MADE = progress.Phase('made', 0, 50)
@@ -58,22 +61,58 @@ class ChosenTransfer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A snapshot that can be taken: nothing of it is begun."""
+class PlannedDisk:
+    """A disk that an image will be made of."""
 
     disk: disks_.Disk
+    kind: own_disks.Kind
     #: of the disk, in bytes
     capacity: int
-    candidates: list[selection.Candidate]
-    #: that can serve, best first
-    transfers: list[ChosenTransfer]
     #: what the image can take at most
     image_bytes: int
 
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A snapshot that can be taken: nothing of it is begun."""
+
+    #: the root disk first
+    disks: tuple[PlannedDisk, ...]
+    candidates: list[selection.Candidate]
+    #: that can serve, best first
+    transfers: list[ChosenTransfer]
+
+    @property
+    def to_freeze(self) -> tuple[disks_.Disk, ...]:
+        return tuple(each.disk for each in self.disks)
+
+    @property
+    def image_bytes(self) -> int:
+        """What all images can take at most."""
+        return sum(each.image_bytes for each in self.disks)
+
     def staging_bytes(self, candidate: selection.Candidate) -> int:
         """What a candidate may put into the staging directory."""
-        return (self.transfers[0].transfer.staging_bytes(self.image_bytes)
-                + candidate.flow.staging_bytes(self.disk, self.capacity))
+        transfer = self.transfers[0].transfer
+        return sum(
+            transfer.staging_bytes(each.image_bytes)
+            + candidate.flow.staging_bytes(each.disk, each.capacity)
+            for each in self.disks)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskImage:
+    """The image of one disk."""
+
+    #: libvirt's name of the disk
+    device: str
+    #: ``root``, ``ephemeral`` …
+    kind: str
+    #: of the disk, in bytes
+    capacity: int
+    #: of the image, in bytes
+    length: int
+    location: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +123,23 @@ class Result:
     transfer: str
     consistency: frozen_.Consistency
     guest_pause_s: float
-    #: of the image
+    #: of all images
     length: int
     #: seconds from the plan to the published image
     duration_s: float
+    #: of the image of the root disk
     location: str
+    #: that of the root disk first
+    images: tuple[DiskImage, ...] = ()
 
     @staticmethod
     def properties(flow: str, transfer: str, frozen: frozen_.Frozen,
-                   ) -> dict[str, str]:
-        """What is recorded on the image."""
+                   root: bool = True) -> dict[str, str]:
+        """What is recorded on an image.
+
+        :param root: whether it is that of the root disk, which the flow's
+            own words are of
+        """
         return {
             f'{PROPERTY}flow': flow,
             f'{PROPERTY}transfer': transfer,
@@ -101,7 +147,7 @@ class Result:
             f'{PROPERTY}guest_pause_ms': str(
                 round(frozen.pause.seconds * 1000)),
             **{f'{PROPERTY}{name}': value
-               for name, value in frozen.properties.items()},
+               for name, value in frozen.properties.items() if root},
         }
 
 
@@ -125,18 +171,26 @@ def plan(guest: guests.Guest, host: hosts.Host, wished: selection.Wish,
     workspace.check_directory(
         request.staging_directory, request.staging_setting)
     workspace.check_socket_parent(request.socket_directory)
-    disk = guest.root_disk()
-    if disk.encrypted:
-        raise exception.UnsafeDisk(
-            f'{disk.target} is encrypted: its image would hold the plain '
-            f'text')
-    candidates = selection.candidates(wished, guest, (disk,), request)
+    owned = own_disks.chosen(guest, request.disks)
+    for each in owned:
+        if each.disk.encrypted:
+            raise exception.UnsafeDisk(
+                f'{each.disk.target} is encrypted: its image would hold the '
+                f'plain text')
+    candidates = selection.candidates(
+        wished, guest, tuple(each.disk for each in owned), request)
     chosen = _choose_transfers(transfer_names, request)
-    capacity = guest.capacity(disk.target)
-    most_bytes = disks_.image_bytes(disks_.chain_of(disk), capacity)
-    planned = Plan(disk, capacity, candidates, chosen, most_bytes)
+    planned = Plan(tuple(_planned(guest, each) for each in owned),
+                   candidates, chosen)
     return dataclasses.replace(
         planned, candidates=_with_room(candidates, planned, request))
+
+
+def _planned(guest: guests.Guest, owned: own_disks.OwnDisk) -> PlannedDisk:
+    capacity = guest.capacity(owned.disk.target)
+    return PlannedDisk(
+        owned.disk, owned.kind, capacity, disks_.image_bytes(
+            disks_.chain_of(owned.disk), capacity))
 
 
 def _with_room(
@@ -192,8 +246,10 @@ def take(
         before_upload: collections.abc.Callable[[], None] = lambda: None,
         report: attendants.Report = attendants.no_report,
 ) -> Result:
-    """Take a planned snapshot and publish it.
+    """Take a planned snapshot and publish it: an image of each disk.
 
+    :param description: of the image of the root disk; those of further disks
+        are named after it
     :param before_upload: called when the image's bytes are about to be sent
     :param report: told how far it is, from another thread
     :raises GuestGone: if the guest vanished, or nobody wants it any more
@@ -203,7 +259,9 @@ def take(
         was, and nothing is left behind
     """
     began = time.monotonic()
-    service.prepare(description, planned.image_bytes)
+    group = request.group or str(uuid.uuid4())
+    described = _described(description, planned, request, group)
+    service.prepare(described, planned.image_bytes)
     meter = progress.Meter(request.progress)
     attendant = attendants.Attendant(
         guest.name, meter, request.cancellation, service.check, report)
@@ -213,25 +271,45 @@ def take(
         log = stack.enter_context(
             undo.UndoLog.create(request.state_directory, guest, host))
         guard.watch(log)
-        taking = _Taking(guest, planned, request, service, description,
+        taking = _Taking(guest, planned, request, service, described,
                          verify_hash, before_upload, log, meter, attendant)
         flow, transfer, frozen, published = taking.run()
+    made = tuple(
+        DiskImage(disk.disk.target, disk.kind.value, disk.capacity,
+                  image.length, image.location)
+        for disk, image in zip(planned.disks, published, strict=True))
     result = Result(
-        flow, transfer, frozen.consistency,
-        frozen.pause.seconds, published.length, time.monotonic() - began,
-        published.location)
-    LOG.info(
-        'Snapshot of %(guest)s: flow %(flow)s, transfer %(transfer)s, '
-        'consistency %(consistency)s, guest paused %(pause).2f s, '
-        '%(length)d bytes in %(duration).1f s, published as %(location)s',
-        {'guest': guest.name, 'flow': flow, 'transfer': result.transfer,
-         'consistency': result.consistency.value,
-         'pause': result.guest_pause_s, 'length': result.length,
-         'duration': result.duration_s, 'location': result.location})
+        flow, transfer, frozen.consistency, frozen.pause.seconds,
+        sum(image.length for image in made), time.monotonic() - began,
+        made[0].location, made)
     return result
 
 
-_Taken = tuple[str, str, frozen_.Frozen, images.Published]
+def _described(description: images.Description, planned: Plan,
+               request: requests.Request, group: str,
+               ) -> list[images.Description]:
+    """The image of each planned disk."""
+    root, *further = planned.disks
+    found = [description]
+    for disk in further:
+        end = f'-{disk.disk.target}'
+        found.append(images.Description(
+            name=description.name[:_LONGEST_NAME - len(end)] + end,
+            disk_format=description.disk_format,
+            container_format=description.container_format,
+            properties=description.further))
+    if request.disks is requests.Disks.ROOT:
+        return found
+    return [dataclasses.replace(each, properties=each.properties | {
+        images.GROUP: group,
+        f'{PROPERTY}disks': str(len(planned.disks)),
+        f'{PROPERTY}device': disk.disk.target,
+        f'{PROPERTY}kind': disk.kind.value,
+        f'{PROPERTY}size': str(disk.capacity),
+    }) for each, disk in zip(found, planned.disks, strict=True)]
+
+
+_Taken = tuple[str, str, frozen_.Frozen, list[images.Published]]
 
 
 @dataclasses.dataclass
@@ -242,7 +320,8 @@ class _Taking:
     planned: Plan
     request: requests.Request
     service: images.ImageService
-    description: images.Description
+    #: the image of each planned disk
+    described: list[images.Description]
     verify_hash: bool
     before_upload: collections.abc.Callable[[], None]
     log: undo.UndoLog
@@ -269,45 +348,105 @@ class _Taking:
         """:param failure: of the flow that was tried before"""
         with contextlib.ExitStack() as stack:
             release = stack.enter_context(contextlib.ExitStack())
-            frozen = self._freeze(candidates, release, failure)
+            account = self.request.account
+            account.disks = len(self.planned.disks)
+            frozen = account.timed('freeze', self._freeze)(
+                candidates, release, failure)
+            self._note(frozen, release)
             chosen = self.planned.transfers[0]
+            account.transfer = chosen.name
             with self._named_loss(frozen):
                 self.request.cancellation.check()
-                image = stack.enter_context(chosen.transfer.image(
-                    frozen.disks[0], dataclasses.replace(
-                        self.request, progress=self._making(
-                            chosen.transfer)), self.log))
-                if image.independent:
-                    release.close()
+                new = account.timed('transfer', self._new_images)(
+                    chosen, frozen, stack)
+                if chosen.transfer.independent:
+                    account.timed('release', release.close)()
                 self._announce_upload()
-                published = self.service.publish(
-                    image, dataclasses.replace(
-                        self.description,
-                        properties=self.description.properties
-                        | Result.properties(self.flow, chosen.name, frozen)),
-                    self.verify_hash, self._sending(image), self.log)
-        frozen.keep(published.location)
-        return self.flow, chosen.name, frozen, published
+                *further, root = account.timed(
+                    'publish', self.service.publish)(
+                    new, self.verify_hash, self.log)
+        frozen.keep(root.location)
+        account.image = root.location
+        return self.flow, chosen.name, frozen, [root, *further]
+
+    def _note(self, frozen: frozen_.Frozen,
+              release: contextlib.ExitStack) -> None:
+        """Put down what only the frozen disk knows, until it is thawed.
+
+        :param release: thaws the disk
+        """
+        account = self.request.account
+        account.consistency = frozen.consistency.value
+        account.pauses.append(lambda: frozen.pause.seconds)
+
+        def note_scratch() -> None:
+            with contextlib.suppress(OSError):
+                account.scratch_bytes = frozen.scratch_bytes()
+        release.callback(note_scratch)
 
     def _announce_upload(self) -> None:
         """Once, whatever is begun anew."""
         announce, self.before_upload = self.before_upload, lambda: None
         announce()
 
-    def _making(self, transfer: transfers.Transfer) -> requests.Progress:
+    def _new_images(
+            self, chosen: ChosenTransfer, frozen: frozen_.Frozen,
+            stack: contextlib.ExitStack) -> list[images.NewImage]:
+        """The images to be published, that of the root disk last.
+
+        Those that are independent of the disks are made here. Of others the
+        first is begun here, and each that follows when its turn comes: one
+        disk at a time is read.
+
+        :param stack: gets what ends them
+        """
+        transfer = chosen.transfer
+        making, sending = self._progress(transfer)
+        by_target = {disk.target: disk for disk in frozen.disks}
+        numbers = [*range(1, len(self.planned.disks)), 0]
+        staged_bytes = 0
+        new: list[images.NewImage] = []
+        for number in numbers:
+            disk, description = (
+                self.planned.disks[number], self.described[number])
+            made = transfer.image(
+                by_target[disk.disk.target], dataclasses.replace(
+                    self.request, progress=making.part(number)), self.log)
+            if transfer.independent or not new:
+                image = stack.enter_context(made)
+                if transfer.independent:
+                    staged_bytes += image.length
+                    self.request.account.staged_bytes = staged_bytes
+                made = contextlib.nullcontext(image)
+            new.append(images.NewImage(
+                dataclasses.replace(
+                    description, properties=description.properties
+                    | Result.properties(self.flow, chosen.name, frozen,
+                                        root=not number)),
+                made, self._cancellable(number, sending.part(number))))
+        return new
+
+    def _progress(self, transfer: transfers.Transfer,
+                  ) -> tuple[progress.Together, progress.Together]:
+        """How far the making, and the sending, of all images is."""
+        most = [disk.image_bytes for disk in self.planned.disks]
         if not transfer.independent:
-            return self.meter.phase(_LOOKED)
+            return (progress.Together(
+                self.meter.phase(_LOOKED),
+                [disk.capacity for disk in self.planned.disks]),
+                progress.Together(self.meter.phase(_SENT), most))
         tell = self.meter.phase(_MADE)
 
         def making(done: int, total: int) -> None:
             tell(done, min(total, self.planned.image_bytes))
-        return making
+            self.request.account.staged_bytes = done
+        return (progress.Together(making, most),
+                progress.Together(self.meter.phase(_SENT_THEN), most))
 
-    def _sending(self, image: image_bytes.ImageBytes) -> requests.Progress:
-        tell = self.meter.phase(
-            _SENT_THEN if image.independent else _SENT)
-
+    def _cancellable(self, number: int,
+                     tell: requests.Progress) -> requests.Progress:
         def sending(done: int, total: int) -> None:
+            self.request.account.sent(number, done, total)
             self.request.cancellation.check()
             tell(done, total)
         return sending
@@ -320,7 +459,7 @@ class _Taking:
 
         :param release: gets what thaws the disk
         """
-        disks = (self.planned.disk,)
+        disks = self.planned.to_freeze
         for number, candidate in enumerate(candidates, 1):
             if failure is not None:
                 # What was planned may not hold any more.
@@ -329,6 +468,7 @@ class _Taking:
                     LOG.warning('%s can not serve %s either: %s',
                                 candidate.name, self.guest.name, why)
                     continue
+            self.request.account.flow = candidate.name
             try:
                 frozen = release.enter_context(candidate.flow.freeze(
                     self.guest, disks, self.request, self.log))
@@ -349,7 +489,7 @@ class _Taking:
 
     def _why_not_now(self, candidate: selection.Candidate) -> str | None:
         why = candidate.flow.obstacle(
-            self.guest, (self.planned.disk,), self.request)
+            self.guest, self.planned.to_freeze, self.request)
         if why is None:
             try:
                 _with_room([candidate], self.planned, self.request)

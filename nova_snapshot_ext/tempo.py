@@ -35,6 +35,8 @@ class Tempo:
         self._began = self._answered_at = self._paid_at
         self._answered = True
         self._bytes = 0
+        #: bytes that were asked for in all
+        self.total = 0
         #: how many reads were sent since the last rest, while there are any
         self.burst = 0
         #: part of the time in which nothing is read, from 0 to less than 1;
@@ -61,6 +63,7 @@ class Tempo:
             self._answered = False
             self._began, self._bytes, self.burst = now, 0, 0
         self._bytes += length
+        self.total += length
         self.burst += 1
 
     def answered(self) -> None:

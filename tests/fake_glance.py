@@ -17,6 +17,7 @@ import http.server
 import json
 import threading
 import typing
+import urllib.parse
 
 IMAGE = 'c0ffee00-0000-4000-8000-000000000001'
 PREFIX = '/v2/images'
@@ -52,7 +53,7 @@ class FakeGlance(http.server.ThreadingHTTPServer):
         self.stalled = threading.Event()
 
     def add(self, **properties: typing.Any) -> None:
-        self.images[IMAGE] = {
+        self.images[properties.get('id', IMAGE)] = {
             'id': IMAGE, 'status': 'queued', 'size': None, 'name': 'snap',
             'disk_format': None, 'container_format': None, **properties}
 
@@ -68,6 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Seconds; a body that is announced and does not come ends the test.
     timeout = 5
     server: FakeGlance
+    #: that the request is about
+    image_id = ''
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -90,8 +93,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     'rel': 'self', 'href': self.server.url}]}]},
                 Connection='close')
             return
-        path = self.path.removeprefix(PREFIX).removeprefix(f'/{IMAGE}')
-        key = f'{self.command} {path}'.strip()
+        _, _, path = self.path.removeprefix(PREFIX).partition('/')
+        self.image_id, slash, rest = path.partition('/')
+        key = f'{self.command} {slash}{rest}'.strip()
         self.server.seen.append(key)
         planned = self.server.plan.get(key, [])
         what = planned.pop(0) if planned else None
@@ -105,7 +109,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if what == 'older':
-            self.server.images[IMAGE].update(status='saving')
+            self.server.images[self.image_id].update(status='saving')
         body = self.read_body(length)
         what = what or self.server.refused.get(
             key, self.server.refused.get('*'))
@@ -118,27 +122,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if what == 'older':
                 self.upload(body)
         elif what == 'lost answer':
-            self.upload(body)
+            if self.command == 'POST':
+                self.make(json.loads(body))
+            else:
+                self.upload(body)
             self.close_connection = True
         elif isinstance(what, int):
             self.answer(what, {'message': 'no way'}, Location=self.path,
                         **{'Retry-After': '0'})
         elif self.command == 'POST':
-            self.server.add(**json.loads(body))
-            self.answer(201, self.server.images[IMAGE])
-        elif IMAGE not in self.server.images:
+            if self.make(json.loads(body)):
+                self.answer(201, self.server.images[self.image_id])
+            else:
+                self.answer(409, {'message': 'there is one of that id'})
+        elif key == 'GET' and not self.image_id:
+            self.answer(200, {'images': self.found()})
+        elif self.image_id not in self.server.images:
             self.answer(404, {'message': 'not found'})
         elif key == 'PUT /file':
             self.upload(body)
             self.answer(204)
         elif self.command == 'PATCH':
             self.patch(json.loads(body))
-            self.answer(200, self.server.images[IMAGE])
+            self.answer(200, self.server.images[self.image_id])
         elif self.command == 'DELETE':
-            del self.server.images[IMAGE]
+            del self.server.images[self.image_id]
             self.answer(204)
         else:
-            self.answer(200, self.server.images[IMAGE])
+            self.answer(200, self.server.images[self.image_id])
 
     def serve(self) -> None:
         self.handle_any()
@@ -166,16 +177,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         return body
 
+    def found(self) -> list[dict[str, typing.Any]]:
+        """The images that have what is asked for, and are not hidden."""
+        asked = dict(urllib.parse.parse_qsl(
+            urllib.parse.urlsplit(self.path).query))
+        asked.pop('limit', None)
+        return [image for image in self.server.images.values()
+                if not image.get('os_hidden')
+                and all(image.get(name) == value
+                        for name, value in asked.items())]
+
+    def make(self, document: dict[str, typing.Any]) -> bool:
+        """:returns: whether there was no such image"""
+        self.image_id = document.setdefault('id', IMAGE)
+        if self.image_id != IMAGE and self.image_id in self.server.images:
+            return False
+        self.server.add(**document)
+        return True
+
     def upload(self, body: bytes) -> None:
         digest = hashlib.sha512(body).hexdigest()
-        self.server.images[IMAGE].update(
+        self.server.images[self.image_id].update(
             status='active', size=len(body) - self.server.short_by,
             os_hash_algo='sha512',
             os_hash_value='0' * 128 if self.server.wrong_hash else digest)
         self.server.stored(body)
 
     def patch(self, changes: list[dict[str, str]]) -> None:
-        image = self.server.images[IMAGE]
+        image = self.server.images[self.image_id]
         for change in changes:
             name = change['path'][1:].replace('~1', '/').replace('~0', '~')
             if (change['op'] == 'add') == (name in image):

@@ -12,6 +12,15 @@
 
 """How the documentation is built."""
 
+import pathlib
+import sys
+import typing
+
+_DOC = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_DOC))
+
+import import_graph  # noqa: E402
+
 project = 'nova_snapshot_ext'
 copyright = 'the nova-snapshot-ext developers'
 
@@ -34,3 +43,14 @@ openstackdocs_bug_tag = ''
 
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'
+
+
+def _draw(app: object) -> None:
+    """Draw what imports what, of the source as it is."""
+    found = import_graph.imports(_DOC.parent / import_graph.PACKAGE)
+    (_DOC / 'source' / 'reference' / 'imports.svg').write_text(
+        import_graph.svg(found))
+
+
+def setup(app: typing.Any) -> None:
+    app.connect('builder-inited', _draw)

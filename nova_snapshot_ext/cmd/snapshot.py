@@ -17,6 +17,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import datetime
+from importlib import metadata
 import json
 import os
 import sys
@@ -30,12 +31,14 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import tqdm
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import conf as confs
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import own_disks
 from nova_snapshot_ext import plugins
 from nova_snapshot_ext import recovery
 from nova_snapshot_ext import request as requests
@@ -71,10 +74,20 @@ exit codes:
 _PLAIN_LINE_S = 10.0
 
 
+def _version() -> str:
+    """As pbr told it from git when the package was built."""
+    try:
+        return metadata.version('nova-snapshot-ext')
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='nova-snapshot', description=_DESCRIPTION, epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action='version',
+                        version=f'%(prog)s {_version()}')
     parser.add_argument(
         '--connect', metavar='URI', default='qemu:///system',
         help="libvirt's URI (default: %(default)s)")
@@ -119,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (create, flows):
         command.add_argument('domain', metavar='DOMAIN',
                              help='name or UUID')
+        command.add_argument(
+            '--disks', choices=[each.value for each in requests.Disks],
+            help='the root disk, or all that are not read-only and, where '
+                 'Nova owns the domain, no volumes, at one instant and each '
+                 'into an image of its own (default: [snapshot_ext] disks)')
         command.add_argument(
             '--staging', metavar='DIR',
             help='where image files may be written meanwhile (default: '
@@ -210,7 +228,10 @@ def _configuration(options: argparse.Namespace) -> typing.Any:
             '--config-file', ', '.join(options.config_file),
             str(error)) from error
     configuration.set_override('debug', options.debug)
-    if not options.debug:
+    if options.debug:
+        # oslo.log writes nowhere unless it is told to.
+        configuration.set_override('use_stderr', True)
+    else:
         logging.set_defaults(default_log_levels=['nova_snapshot_ext=WARN'])
     logging.setup(configuration, 'nova-snapshot')
     return configuration.snapshot_ext
@@ -243,6 +264,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
             getattr(options, 'quiesce', requests.Quiesce.IF_POSSIBLE.value)),
         staging_setting='--staging',
         may_stop=options.force or not guest.belongs_to_nova(),
+        disks=requests.Disks(options.disks) if options.disks else None,
         domain=requests.DomainSnapshot(
             memory=not getattr(options, 'no_memory', False),
             external=getattr(options, 'external', False),
@@ -289,13 +311,14 @@ def _recover(options: argparse.Namespace, configuration: typing.Any) -> int:
 def _flows(options: argparse.Namespace, configuration: typing.Any,
            guest: guests.Guest) -> int:
     request = _request(options, configuration, guest)
-    disk = guest.root_disk()
+    disks = tuple(
+        each.disk for each in own_disks.chosen(guest, request.disks))
     found = {}
     for name in plugins.names(plugins.FLOWS):
         try:
             found[name] = plugins.load(
                 plugins.FLOWS, name, 'installed flow')().obstacle(
-                    guest, (disk,), request)
+                    guest, disks, request)
         except exception.UnsafeDisk as error:
             found[name] = str(error)
     if options.json:
@@ -323,15 +346,17 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
         request = dataclasses.replace(
             _request(options, configuration, guest), progress=progress)
         host = recovery.host_for(guest, options.force)
-        planned = snapshot.plan(
-            guest, host, wished, configuration.transfers, request)
-        result = snapshot.take(
-            guest, host, planned, request, service,
-            images.Description(
-                name=request.domain.title,
-                disk_format=options.format, container_format='bare',
-                properties={}),
-            verify_hash=options.verify_hash)
+        with accounts.told(request.account) as account:
+            account.instance = guest.uuid
+            planned = account.timed('plan', snapshot.plan)(
+                guest, host, wished, configuration.transfers, request)
+            result = snapshot.take(
+                guest, host, planned, request, service,
+                images.Description(
+                    name=request.domain.title,
+                    disk_format=options.format, container_format='bare',
+                    properties={}),
+                verify_hash=options.verify_hash)
     if options.json:
         print(json.dumps({
             'domain': guest.name, **dataclasses.asdict(result),
@@ -341,6 +366,10 @@ def _create(options: argparse.Namespace, configuration: typing.Any,
               f'flow {result.flow}, transfer {result.transfer}, '
               f'consistency {result.consistency.value}, guest paused '
               f'{result.guest_pause_s:.2f} s, {result.duration_s:.1f} s')
+        if len(result.images) > 1:
+            for image in result.images:
+                print(f'  {image.device}: {image.location}, {image.length} '
+                      f'bytes')
     return 0
 
 

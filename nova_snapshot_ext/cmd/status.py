@@ -49,9 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     :returns: 0, or 1 where something deserves attention, 2 where the driver
         would not serve, 255 where the checks could not be made
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         from nova import conf as nova_conf
     except ImportError as error:
+        if {'-h', '--help'}.intersection(given):
+            return int(upgradecheck.main(
+                cfg.ConfigOpts(), 'nova', upgradecheck.UpgradeCommands(),
+                argv=given))
         print(f'nova-snapshot-ext-status: Nova is not installed in '
               f'{sys.executable}: {error}', file=sys.stderr)
         return _UNFORESEEN
@@ -59,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     confs.register_opts(conf)
     try:
         return int(upgradecheck.main(
-            conf, 'nova', Checks(conf),
-            argv=sys.argv[1:] if arguments is None else arguments))
+            conf, 'nova', Checks(conf), argv=given))
     except cfg.Error as error:
         print(f'nova-snapshot-ext-status: {error}', file=sys.stderr)
         return _UNFORESEEN

@@ -107,7 +107,7 @@ def _as_it_is(
         yield frozen.Frozen(
             tuple(stack.enter_context(source.serving(sockets, log))
                   for source in sources),
-            consistency, frozen.Pause())
+            consistency, frozen.Pause(), scratch_bytes=lambda: 0)
 
 
 @contextlib.contextmanager

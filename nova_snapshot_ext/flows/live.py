@@ -94,7 +94,10 @@ class LiveFlow(base.Flow):
             yield frozen.Frozen(
                 tuple(stack.enter_context(copy.serving(sockets, log))
                       for copy in copies),
-                outcome.consistency, pause)
+                outcome.consistency, pause,
+                scratch_bytes=lambda: sum(
+                    os.stat(copy.overlay).st_blocks * 512
+                    for copy in copies))
 
 
 class _Copy:

@@ -14,6 +14,7 @@
 
 import abc
 import collections.abc
+import contextlib
 import dataclasses
 import typing
 
@@ -21,6 +22,14 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
+
+
+#: the property that the images of one snapshot have in common
+GROUP = 'snapshot_ext_group'
+#: of an image of a further disk: its own id, which no copy of its properties
+#: has. Cinder and Nova copy them to what is made of volumes and servers that
+#: were made of the image.
+OWN_ID = 'snapshot_ext_image'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Description:
     properties: dict[str, str]
     #: properties that the image may have and must not keep
     removed: frozenset[str] = frozenset()
+    #: properties that the images of further disks have beside ours
+    further: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +61,29 @@ class Destination:
     send_timeout: int = 300
     #: seconds in which it must answer when it has all bytes of an upload
     answer_timeout: int = 3600
-    #: told the length of a body before its first byte is sent
+    #: told the length of a body for that image before its first byte is sent
     announce: collections.abc.Callable[[int], None] = lambda length: None
+    #: told the id of an image of a further disk before it is made, and when
+    #: it is surely gone again
+    begin_further: collections.abc.Callable[[str], None] = (
+        lambda image_id: None)
+    end_further: collections.abc.Callable[[str], None] = lambda image_id: None
     #: a directory, and how whoever set it knows it
     directory: str | None = None
     directory_setting: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class NewImage:
+    """An image that is to be published."""
+
+    description: Description
+    #: makes it, and keeps it readable for as long as the context lasts; to be
+    #: entered once
+    made: contextlib.AbstractContextManager[image_bytes.ImageBytes]
+    #: told as bytes are read; an error that it raises ends the upload, and
+    #: must come out of it
+    progress: requests.Progress = requests.no_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +96,23 @@ class Published:
 
 
 class ImageService(abc.ABC):
-    """One place for one image; installed as
+    """One place for the images of one snapshot; installed as
     ``nova_snapshot_ext.image_services``.
+
+    There is one for each disk, and they stand or fall together.
     """
 
     @abc.abstractmethod
     def __init__(self, destination: Destination) -> None:
         """:raises InvalidSetting: if the destination can't be used"""
 
-    def prepare(self, description: Description, most_bytes: int) -> None:
-        """Find out whether it could take such an image, and touch nothing.
+    def prepare(self, descriptions: collections.abc.Sequence[Description],
+                most_bytes: int) -> None:
+        """Find out whether it could take such images, and touch nothing.
 
-        :param most_bytes: what the image can take at most
-        :raises InvalidSetting: if the description is not acceptable
-        :raises NotEnoughRoom: if it is known to be too big
+        :param most_bytes: what all of them can take at most
+        :raises InvalidSetting: if a description is not acceptable
+        :raises NotEnoughRoom: if they are known to be too big
         """
 
     def check(self) -> None:
@@ -93,17 +125,19 @@ class ImageService(abc.ABC):
 
     @abc.abstractmethod
     def publish(
-            self, image: image_bytes.ImageBytes, description: Description,
-            verify_hash: bool, progress: requests.Progress,
-            log: undo.UndoLog) -> Published:
-        """Take the bytes and the description, all of it or nothing.
+            self, new: collections.abc.Sequence[NewImage], verify_hash: bool,
+            log: undo.UndoLog) -> list[Published]:
+        """Take the bytes and the descriptions, all of it or nothing.
 
-        May be called again after it failed.
+        Nobody is to find one of the images who does not look for what is
+        hidden, before all of them are whole. May be called again after it
+        failed.
 
+        :param new: in the order in which they are made and sent; the last is
+            that of the root disk, and the one that may wait for its bytes
         :param verify_hash: compare the hash of what arrived, and never let
             an image stand whose hash differs
-        :param progress: told as bytes are read; an error that it raises ends
-            the upload, and must come out of it
+        :returns: what it has of each, in the same order
         :raises ImageServiceError: if it could not be done
         """
 

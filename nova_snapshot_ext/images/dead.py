@@ -21,6 +21,7 @@ import typing
 from openstack import exceptions as sdk_exceptions
 
 from nova_snapshot_ext import exception
+from nova_snapshot_ext.images import base
 from nova_snapshot_ext.images import glance as glance_
 from nova_snapshot_ext import in_flight
 
@@ -30,6 +31,8 @@ PROPERTY = 'snapshot_ext_failure'
 _TIMEOUT_S = 30
 # What Nova's API writes on an image of a server, when it makes it.
 _OF_SERVER = 'instance_uuid'
+# An administrator may keep an image that is active from being read.
+_FILLED = ('active', 'deactivated')
 
 
 def settle(glance: typing.Any, snapshot: in_flight.Snapshot,
@@ -69,9 +72,74 @@ def settle(glance: typing.Any, snapshot: in_flight.Snapshot,
         if keep is None:
             _delete(glance, snapshot.image_id)
             return f'{name} was {status}, and is deleted'
-        _write_reason(glance, snapshot.image_id, keep,
-                      'replace' if PROPERTY in image else 'add')
+        _patch(glance, snapshot.image_id,
+               'replace' if PROPERTY in image else 'add', PROPERTY, keep)
         return f'{name} is {status}, and left with the reason in {PROPERTY}'
+
+
+def is_whole(glance: typing.Any, snapshot: in_flight.Snapshot,
+             announced: list[int]) -> bool:
+    """Whether the image of the root disk is there for good.
+
+    It is sent last: then those of further disks are whole as well.
+
+    :param glance: as of :func:`settle`, which came before
+    :raises ImageServiceError: if Glance gives no clear answer
+    """
+    image = _shown(glance, snapshot.image_id)
+    return (image is not None
+            and image.get(_OF_SERVER) == snapshot.instance_uuid
+            and image.get('status') in _FILLED
+            and image.get('size') in announced)
+
+
+def settle_further(glance: typing.Any, snapshot: in_flight.Snapshot,
+                   image_id: str, whole: bool, failed: bool) -> str:
+    """Have the image of a further disk be there with that of the root disk,
+    or not at all.
+
+    :param image_id: of the further disk
+    :param whole: what :func:`is_whole` says of that of the root disk
+    :param failed: the snapshot has, as far as its owner was told: one that
+        is not hidden any more is deleted as well
+    :returns: what became of it
+    :raises ImageGone: as :func:`settle` does
+    :raises ImageServiceError: if Glance gives no clear answer
+    """
+    name = f'image {image_id}'
+    image = _shown(glance, image_id)
+    if image is None:
+        raise exception.ImageGone(f'{name} is not found')
+    if image.get(base.GROUP) != snapshot.image_id:
+        return f'{name} is not of this snapshot, and left alone'
+    hidden, status = image.get('os_hidden'), image.get('status')
+    # One that is not hidden was shown when all were whole.
+    if not hidden and (whole or not failed):
+        return f'{name} is {status}, and left alone'
+    with glance_.translated(name):
+        if whole and status in _FILLED:
+            _patch(glance, image_id, 'replace', 'os_hidden', False)
+            return f'{name} is {status}, and not hidden any more'
+        _delete(glance, image_id)
+    return f'{name} of a further disk is deleted'
+
+
+def _shown(glance: typing.Any,
+           image_id: str) -> dict[str, typing.Any] | None:
+    """An image as Glance shows it, None if it shows none.
+
+    :raises ImageServiceError: if it gives no clear answer
+    """
+    name = f'image {image_id}'
+    try:
+        with glance_.translated(name):
+            image = _request(glance, 'GET', image_id).json()
+    except exception.ImageGone:
+        return None
+    if not isinstance(image, dict) or image.get('id') != image_id:
+        raise exception.ImageServiceError(
+            f'Glance says of {name} what makes no sense')
+    return image
 
 
 def _is_part(size: object, announced: list[int]) -> bool:
@@ -87,11 +155,11 @@ def _delete(glance: typing.Any, image_id: str) -> None:
         pass        # it was there a moment ago
 
 
-def _write_reason(glance: typing.Any, image_id: str, reason: str,
-                  operation: str) -> None:
+def _patch(glance: typing.Any, image_id: str, operation: str, name: str,
+           value: object) -> None:
     _request(
         glance, 'PATCH', image_id,
-        json=[{'op': operation, 'path': f'/{PROPERTY}', 'value': reason}],
+        json=[{'op': operation, 'path': f'/{name}', 'value': value}],
         headers={'Content-Type':
                  'application/openstack-images-v2.1-json-patch'})
 

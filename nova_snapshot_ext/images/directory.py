@@ -12,7 +12,9 @@
 
 """The image service ``directory``: a file, and a JSON document beside it."""
 
+import collections.abc
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -45,6 +47,37 @@ def remove_part(around: undo.Surroundings, path: str) -> None:
         os.unlink(path)
 
 
+@undo.step
+def remove_unfinished(around: undo.Surroundings,
+                      names: dict[str, str]) -> None:
+    """Take away the names that files got before all of them had theirs.
+
+    :param names: of each file, by its temporary name
+    """
+    for part, path in names.items():
+        if not _PART.fullmatch(os.path.basename(part)):
+            raise ValueError(f'{part} is not a file of ours')
+        # What somebody else has put there is his.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(part, path):
+                os.unlink(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """An image that is whole, under a temporary name."""
+
+    part: str
+    path: str
+    length: int
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Those that its files get, by their temporary ones."""
+        return {self.part: self.path,
+                f'{self.part}.json': f'{self.path}.json'}
+
+
 class DirectoryService(base.ImageService):
     """Writes into one directory: NAME.FORMAT and NAME.FORMAT.json."""
 
@@ -58,45 +91,54 @@ class DirectoryService(base.ImageService):
         self._directory = destination.directory
         self._setting = destination.directory_setting
 
-    def prepare(self, description: base.Description,
-                most_bytes: int) -> None:
-        self._free_path(description)
+    def prepare(
+            self, descriptions: collections.abc.Sequence[base.Description],
+            most_bytes: int) -> None:
+        for description in descriptions:
+            self._free_path(description)
         free = workspace.free_bytes(self._directory)
         if free < most_bytes:
             raise exception.NotEnoughRoom(
                 self._setting, self._directory, most_bytes, free)
 
     def publish(
-            self, image: image_bytes.ImageBytes, description: base.Description,
-            verify_hash: bool, progress: requests.Progress,
-            log: undo.UndoLog) -> base.Published:
-        path = self._free_path(description)
+            self, new: collections.abc.Sequence[base.NewImage],
+            verify_hash: bool, log: undo.UndoLog) -> list[base.Published]:
+        with log.scope():
+            written = [self._write(each, verify_hash, log) for each in new]
+            self._name(written, log)
+        return [base.Published(each.path, each.length) for each in written]
+
+    def _write(self, new: base.NewImage, verify_hash: bool,
+               log: undo.UndoLog) -> _Written:
+        path = self._free_path(new.description)
         part = os.path.join(self._directory, f'.{secrets.token_hex(8)}')
         document = f'{part}.json'
-        with log.scope():
-            for left in (part, document):
-                log.push(remove_part, path=left)
-            try:
-                self._write(image, part, progress)
-                expected = image.digest('sha512')
-                if verify_hash and _hash_of(
-                        part, image.length, progress) != expected:
-                    raise exception.ImageServiceError(
-                        f'{path} would not hold the bytes that were sent')
-                _write_document(document, description, image, expected)
-                # A link, because it never replaces what somebody else has
-                # put there meanwhile. Whose link it is, his is the name.
-                os.link(part, path)
-                try:
-                    os.rename(document, f'{path}.json')
-                except OSError:
-                    os.unlink(path)
-                    raise
-                undo.flush_directory(self._directory)
-            except OSError as error:
+        for left in (part, document):
+            log.push(remove_part, path=left)
+        with new.made as image, _writing(path):
+            self._write_bytes(image, part, new.progress)
+            expected = image.digest('sha512')
+            if verify_hash and _hash_of(
+                    part, image.length, new.progress) != expected:
                 raise exception.ImageServiceError(
-                    f'{path} can not be written: {error}') from error
-        return base.Published(path, image.length)
+                    f'{path} would not hold the bytes that were sent')
+            _write_document(document, new.description, image, expected)
+            return _Written(part, path, image.length)
+
+    def _name(self, written: list[_Written], log: undo.UndoLog) -> None:
+        """Give all files their names, or none."""
+        names = {part: path for each in written
+                 for part, path in each.names.items()}
+        unfinished = log.push(remove_unfinished, names=names)
+        for part, path in names.items():
+            # A link, because it never replaces what somebody else has put
+            # there meanwhile.
+            with _writing(path):
+                os.link(part, path)
+        with _writing(self._directory):
+            undo.flush_directory(self._directory)
+        unfinished.drop()
 
     def _free_path(self, description: base.Description) -> str:
         name = description.name.replace('/', '_').lstrip('.') or 'image'
@@ -113,8 +155,8 @@ class DirectoryService(base.ImageService):
         return path
 
     @staticmethod
-    def _write(image: image_bytes.ImageBytes, path: str,
-               progress: requests.Progress) -> None:
+    def _write_bytes(image: image_bytes.ImageBytes, path: str,
+                     progress: requests.Progress) -> None:
         with (image.open('sha512') as source,
               open(path, 'xb', opener=_private) as target):
             shutil.copyfileobj(
@@ -126,6 +168,16 @@ class DirectoryService(base.ImageService):
         if length != image.length:
             raise exception.ImageServiceError(
                 f'{length} bytes of {image.length} arrived in {path}')
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> collections.abc.Iterator[None]:
+    """Errors of writing, as one that says what can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise exception.ImageServiceError(
+            f'{path} can not be written: {error}') from error
 
 
 def _private(path: str, flags: int) -> int:

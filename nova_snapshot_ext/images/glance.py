@@ -15,13 +15,18 @@
 The exact size is announced before the first byte (Image API v2, PUT
 /v2/images/{id}/file: Content-Length, and x-openstack-image-size from Glance
 31 on), so that Glance refuses what does not fit and notices what is cut off.
+
+An image is active as soon as its bytes are there. So those of further disks
+are hidden (``os_hidden``) until that of the root disk, the last, is active.
 """
 
+import collections.abc
 import contextlib
 import hashlib
 import re
 import time
 import typing
+import uuid
 
 from keystoneauth1 import exceptions as keystone_exceptions
 from openstack import exceptions as sdk_exceptions
@@ -42,6 +47,9 @@ _SAVING_TIMEOUT_S = 60.0
 _CUT_OFF_TIMEOUT_S = 10.0
 #: for a question whose answer decides nothing but what is left behind
 _SHORTLY: dict[str, typing.Any] = {'timeout': 10}
+#: for deleting what is asked for once more if it stays: the disks are frozen
+#: meanwhile
+_TIDY: dict[str, typing.Any] = {'timeout': 30}
 #: for asking whether an image is there: another question follows soon
 _CHECK: dict[str, typing.Any] = {
     'timeout': 10,
@@ -95,6 +103,10 @@ class GlanceService(base.ImageService):
         self._send_timeout = destination.send_timeout
         self._answer_timeout = destination.answer_timeout
         self._announce = destination.announce
+        self._begin_further = destination.begin_further
+        self._end_further = destination.end_further
+        #: images of further disks
+        self._further: set[str] = set()
         #: the image whose deletion by others is news
         self._wanted = destination.image_id
 
@@ -111,40 +123,129 @@ class GlanceService(base.ImageService):
             raise exception.ImageGone(f'Image {image_id} was deleted')
 
     def publish(
-            self, image: image_bytes.ImageBytes, description: base.Description,
-            verify_hash: bool, progress: requests.Progress,
-            log: undo.UndoLog) -> base.Published:
-        if self._image_id is not None:
-            return base.Published(self._image_id, self._fill(
-                self._image_id, image, description, verify_hash, progress))
-        image_id = self._wanted = self._create(description)
+            self, new: collections.abc.Sequence[base.NewImage],
+            verify_hash: bool, log: undo.UndoLog) -> list[base.Published]:
+        *further, root = new
+        sent: list[int] = []
+        if not further:
+            return [self._publish_root(root, verify_hash, sent)]
+        added: list[str] = []
+        root_id = self._image_id
         try:
-            length = self._fill(
-                image_id, image, description, verify_hash, progress)
+            owner = self._owner()
+            published = [self._add_hidden(each, owner, verify_hash, added)
+                         for each in further]
+            published.append(self._publish_root(root, verify_hash, sent))
+            root_id = published[-1].location
+            for image_id in added:
+                self._show(image_id)
+        except BaseException:
+            # It may be active by now, and Nova deletes no active image. If
+            # it is not, it may be wanted again.
+            gone = (not sent or root_id is None or self._waits(root_id)
+                    or self._delete(root_id, **_TIDY))
+            # If it stays, it may be whole, which the others are then: they
+            # are remembered, and shown or deleted as it is there or not.
+            if gone or self._image_id is None:
+                for image_id in added:
+                    if self._delete(image_id, **_TIDY):
+                        self._end_further(image_id)
+            raise
+        return published
+
+    def _owner(self) -> str | None:
+        """The project that the image of the root disk belongs to; None if it
+        is not made yet, and will be of who makes the others."""
+        if self._image_id is None:
+            return None
+        found = None
+        with self._attempting(self._image_id) as attempts:
+            for attempt in attempts:
+                with attempt:
+                    found = self._get(self._image_id).get('owner')
+        return found if isinstance(found, str) else None
+
+    def _add_hidden(self, new: base.NewImage, owner: str | None,
+                    verify_hash: bool, added: list[str]) -> base.Published:
+        """Make an image of its own that nobody sees yet, and fill it.
+
+        :param added: gets its id before it is made
+        """
+        image_id = str(uuid.uuid4())
+        self._begin_further(image_id)
+        self._further.add(image_id)
+        added.append(image_id)
+        document = {
+            **new.description.properties,
+            base.OWN_ID: image_id,
+            'id': image_id,
+            'name': new.description.name,
+            'disk_format': new.description.disk_format,
+            'container_format': new.description.container_format,
+            'visibility': 'private',
+            'os_hidden': True,
+            **({} if owner is None else {'owner': owner})}
+        with self._attempting(image_id) as attempts:
+            for attempt in attempts:
+                with attempt:
+                    try:
+                        self._request('POST', '/images', json=document)
+                    except sdk_exceptions.ConflictException:
+                        # Nobody else has this id: only an answer was lost.
+                        self._get(image_id)
+        return self._send(image_id, new, verify_hash, [])
+
+    def _show(self, image_id: str) -> None:
+        """Have an image of a further disk be seen by everybody who may."""
+        with self._attempting(image_id) as attempts:
+            for attempt in attempts:
+                with attempt:
+                    self._change(image_id, [{
+                        'op': 'replace', 'path': '/os_hidden',
+                        'value': False}])
+
+    def _waits(self, image_id: str) -> bool:
+        """Whether an image surely waits for its bytes."""
+        try:
+            with translated(f'image {image_id}'):
+                return bool(
+                    self._get(image_id, **_SHORTLY)['status'] == 'queued')
+        except exception.ImageServiceError:
+            return False
+
+    def _publish_root(self, new: base.NewImage, verify_hash: bool,
+                      sent: list[int]) -> base.Published:
+        """:param sent: gets the length of each body that was begun"""
+        if self._image_id is not None:
+            return self._fill(self._image_id, new, verify_hash, sent)
+        image_id = self._wanted = self._create(new.description)
+        try:
+            return self._fill(image_id, new, verify_hash, sent)
         except BaseException:
             self._delete(image_id)
             raise
-        return base.Published(image_id, length)
 
-    def _fill(self, image_id: str, image: image_bytes.ImageBytes,
-              description: base.Description, verify_hash: bool,
-              progress: requests.Progress) -> int:
-        """:returns: the length that was sent"""
-        self._describe(image_id, description)
-        announced: list[int] = []
+    def _fill(self, image_id: str, new: base.NewImage, verify_hash: bool,
+              sent: list[int]) -> base.Published:
+        self._describe(image_id, new.description)
         try:
-            self._upload(image_id, image, verify_hash, progress, announced)
-            self._verify(image_id, image, announced[-1], verify_hash)
+            return self._send(image_id, new, verify_hash, sent)
         except exception.ImageDiffers:
             # It may be active by now, and whoever trusts it would delete
             # the disk: no image is better than another one.
             self._delete(image_id)
             raise
         except BaseException:
-            if announced:
-                self._delete_cut_off(image_id, announced)
+            if sent:
+                self._delete_cut_off(image_id, sent)
             raise
-        return announced[-1]
+
+    def _send(self, image_id: str, new: base.NewImage, verify_hash: bool,
+              sent: list[int]) -> base.Published:
+        with new.made as image:
+            self._upload(image_id, image, verify_hash, new.progress, sent)
+            self._verify(image_id, image, sent[-1], verify_hash)
+        return base.Published(image_id, sent[-1])
 
     def _create(self, description: base.Description) -> str:
         with translated('a new image'):
@@ -172,7 +273,7 @@ class GlanceService(base.ImageService):
     def _patch(self, image_id: str, wanted: dict[str, str],
                removed: frozenset[str]) -> None:
         present = self._get(image_id)
-        changes: list[dict[str, str]] = []
+        changes: list[dict[str, typing.Any]] = []
         for name, value in wanted.items():
             if present.get(name) != value:
                 changes.append({
@@ -181,10 +282,15 @@ class GlanceService(base.ImageService):
         for name in sorted(removed & present.keys() - wanted.keys()):
             changes.append({'op': 'remove', 'path': _pointer(name)})
         if changes:
-            self._request(
-                'PATCH', f'/images/{image_id}', json=changes, headers={
-                    'Content-Type':
-                        'application/openstack-images-v2.1-json-patch'})
+            self._change(image_id, changes)
+
+    def _change(self, image_id: str,
+                changes: list[dict[str, typing.Any]]) -> None:
+        """:param changes: a JSON patch"""
+        self._request(
+            'PATCH', f'/images/{image_id}', json=changes, headers={
+                'Content-Type':
+                    'application/openstack-images-v2.1-json-patch'})
 
     def _upload(self, image_id: str, image: image_bytes.ImageBytes,
                 verify_hash: bool, progress: requests.Progress,
@@ -208,7 +314,8 @@ class GlanceService(base.ImageService):
 
     def _put(self, image_id: str, file: typing.BinaryIO, length: int,
              progress: requests.Progress, announced: list[int]) -> None:
-        self._announce(length)
+        if image_id not in self._further:
+            self._announce(length)
         announced.append(length)
         try:
             self._request(
@@ -304,15 +411,20 @@ class GlanceService(base.ImageService):
         return _image_of(
             self._request('GET', f'/images/{image_id}', **arguments))
 
-    def _delete(self, image_id: str) -> None:
-        self._wanted = None
+    def _delete(self, image_id: str, **arguments: typing.Any) -> bool:
+        """:returns: whether it is surely gone"""
+        if image_id not in self._further:
+            self._wanted = None
         try:
             with translated(f'image {image_id}'):
-                self._request('DELETE', f'/images/{image_id}')
+                self._request(
+                    'DELETE', f'/images/{image_id}', **arguments)
         except exception.ImageGone:
             pass
         except exception.ImageServiceError as error:
             LOG.warning('Image %s could not be deleted: %s', image_id, error)
+            return False
+        return True
 
     def _request(self, method: str, path: str,
                  **arguments: typing.Any) -> typing.Any:
@@ -331,7 +443,12 @@ class GlanceService(base.ImageService):
     @contextlib.contextmanager
     def _attempting(self, image_id: str) -> typing.Iterator[
             typing.Iterator['_Attempt']]:
-        with translated(f'image {image_id}'):
+        # That somebody deletes one of a further disk is no word about the
+        # snapshot: it has failed. Nor is it if we deleted that of the root
+        # disk.
+        gone = (exception.ImageGone if image_id == self._wanted
+                else exception.ImageRefused)
+        with translated(f'image {image_id}', gone):
             yield self._attempts_of(image_id)
 
     def _attempts_of(self, image_id: str) -> typing.Iterator['_Attempt']:
@@ -367,10 +484,13 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def translated(what: str) -> typing.Iterator[None]:
+def translated(
+        what: str, gone: type[exception.ImageServiceError] =
+        exception.ImageGone) -> typing.Iterator[None]:
     """Errors of the SDK, and of connections, as our own.
 
     :param what: the request was about, for the message
+    :param gone: the error where it does not exist
     """
     try:
         yield
@@ -379,7 +499,7 @@ def translated(what: str) -> typing.Iterator[None]:
         message = (f'Glance refused {what}: {error.status_code} '
                    f'{_first_line(error)}')
         if error.status_code in (404, 410):
-            raise exception.ImageGone(message) from error
+            raise gone(message) from error
         raise exception.ImageRefused(message) from error
     except _BROKEN as error:
         raise exception.ImageServiceUnreachable(

@@ -55,18 +55,21 @@ class StreamedImage(image_bytes.ImageBytes):
 
     def __init__(self, arguments: collections.abc.Sequence[str],
                  rest: float, progress: requests.Progress,
+                 tell_read: collections.abc.Callable[[int], None],
                  read_timeout: int = 300) -> None:
         """:param arguments: what starts a mover
 
         :param rest: part of the time in which it leaves the disk alone, see
             :meth:`rest`
         :param progress: told how far the disk was looked through
+        :param tell_read: told how many bytes more were read of the disk
         :param read_timeout: seconds in which the disk must answer a mover
         """
         self._read_timeout = read_timeout
         self._arguments = list(arguments)
         self._rest = rest
         self._progress = progress
+        self._tell_read = tell_read
         self._waiting: mover_stream.MoverStream | None = None
         self._last: mover_stream.MoverStream | None = None
         self._algorithm: str | None = None
@@ -123,8 +126,8 @@ class StreamedImage(image_bytes.ImageBytes):
         self.close()
         self._last = mover_stream.MoverStream(
             [*self._arguments, f'--rest={self._rest}',
-             *['--tell'] * discard], discard,
-            read_timeout=self._read_timeout)
+             *['--tell'] * discard], discard, self._read_timeout,
+            self._tell_read)
         return self._last
 
 
@@ -166,7 +169,8 @@ class StreamedTransfer(base.Transfer):
                 functools.partial(end_mover, log.surroundings, token)))
             image = stack.enter_context(contextlib.closing(StreamedImage(
                 mover_stream.command(request.mover_python, *arguments),
-                share, request.progress, request.read_timeout)))
+                share, request.progress, request.account.read,
+                request.read_timeout)))
             if guest is not None:
                 stack.enter_context(
                     pace.kept(guest, disk.target, share, image.rest))

@@ -13,16 +13,21 @@
 """The command nova-snapshot on real domains, with no Nova at all."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+import fixtures
+
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext.cmd import snapshot as cli
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_flows
+from tests import own_flow
 
 # Seconds, most of which Python takes to start on a busy machine.
 REFUSED_S = 60
@@ -99,6 +104,52 @@ class CommandLineTest(CommandTestCase):
         done = self.run_command('flows', guest.name)
         self.assertIn('cold: can serve\n', done.stdout)
         self.assertIn('live: the guest is shut off\n', done.stdout)
+
+    def test_log_says_how_it_ended(self):
+        guest = self.guest(guests.Disk('overlay'))
+        for flow, scratch in (('backup', True), ('live', True),
+                              ('cold', False)):
+            command = self.command(
+                'create', guest.name, '--to', self.images, '--name', flow,
+                '--staging', self.staging, '--flow', flow)
+            command.insert(3, '--debug')
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual(0, done.returncode, done.stderr)
+            [line] = [line for line in done.stderr.splitlines()
+                      if 'Snapshot ended: ' in line]
+            self.addDetail(flow, test_flows.text(line))
+            values = accounts.parsed(line)
+            path = self.images / f'{flow}.qcow2'
+            size = str(path.stat().st_size)
+            self.assertEqual(
+                ('ok', guest.uuid, flow, 'streamed', str(path), size, size,
+                 '-'),
+                tuple(values[name] for name in (
+                    'outcome', 'instance', 'flow', 'transfer', 'image',
+                    'image_bytes', 'sent_bytes', 'staged_bytes')))
+            # The image is what was read, its tables, and no zeroes.
+            self.assertGreater(int(values['read_bytes']), int(size) // 2)
+            self.assertEqual(scratch, values['scratch_bytes'] != '-')
+            self.assertGreater(float(values['total_s']), sum(
+                float(values[f'{phase}_s'])
+                for phase in ('plan', 'freeze', 'publish')))
+
+    def test_flow_of_another_package_serves(self):
+        packages = self._directory('packages')
+        own_flow.install(packages)
+        self.useFixture(fixtures.EnvironmentVariable(
+            'PYTHONPATH', f'{packages}:{os.environ.get("PYTHONPATH", "")}'))
+        guest = self.guest(guests.Disk('overlay'))
+        create = ('create', guest.name, '--to', self.images, '--name', 'own',
+                  '--staging', self.staging, '--flow', 'off', '--json')
+        done = self.run_command(*create, expect=cli.REFUSED)
+        self.assertIn('off: the guest is running', done.stderr)
+        guest.domain.destroy()
+        result = json.loads(self.run_command(*create).stdout)
+        self.assertEqual('off', result['flow'])
+        self.assert_good((self.images / 'own.qcow2', 'qcow2'),
+                         guest.counter(), guest.counter())
+        self.assertFalse(guest.domain.isActive())
 
     def test_guest_that_nova_owns_is_only_stopped_by_force(self):
         guest = self.guest(guests.Disk('overlay'), start=False)

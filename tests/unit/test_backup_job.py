@@ -133,6 +133,19 @@ class TestJob(base.TestCase):
     def test_disks_are_served_by_the_guest(self) -> None:
         self.assertTrue(self.run_job().by_guest)
 
+    def test_what_the_guest_overwrites_is_counted(self) -> None:
+        with self.log.scope(), backup_job.prepared(
+                self.guest, self.guest.disks(),
+                self.request(socket_directory=self.sockets),
+                self.log) as job:
+            job.begin()
+            found = job.frozen(frozen.Consistency.CRASH, frozen.Pause())
+            for written in (0, 65536):
+                [directory] = os.listdir(self.staging)
+                os.truncate(os.path.join(self.staging, directory, 'vda'),
+                            written)
+                self.assertEqual(written, found.scratch_bytes())
+
     def test_directory_is_closed_before_the_socket_is_taken_over(
             self) -> None:
         modes = []

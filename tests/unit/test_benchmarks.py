@@ -304,6 +304,16 @@ class TestTables(base.TestCase):
             [row[:2] for row in made.rows])
         self.assertEqual('13.0 (12.0 – 14.0)', made.rows[1][2])
 
+    def test_flows_are_compared_by_their_best_transfer(self) -> None:
+        made = report.choice_table(run_of(
+            snapshot('nova-live', 20.0), snapshot('backup-staged', 13.0),
+            snapshot('cold-streamed', 14.0),
+            snapshot('backup-streamed', 12.0)))
+        self.assertEqual(
+            [('backup, streamed', '12.0'), ('cold, streamed', '14.0'),
+             ("Nova's driver, live", '20.0')],
+            [row[:2] for row in made.rows])
+
     def test_settings_of_guest_share_beside_the_default(self) -> None:
         default = snapshot('backup-streamed', 12.0)
         self.assertEqual([], report.shares_table(run_of(default)).rows)

@@ -13,13 +13,14 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import types
 import typing
 from unittest import mock
 
 import libvirt
 import nova.conf
-from nova.virt.libvirt import driver as libvirt_driver
 from oslo_upgradecheck import upgradecheck
 
 from nova_snapshot_ext import checks
@@ -27,8 +28,10 @@ from nova_snapshot_ext.cmd import status
 from nova_snapshot_ext import config_source
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import nova_compat
 from nova_snapshot_ext import nova_interface
 from tests.unit import base
+from tests.unit import fakes
 from tests.unit import nova_config
 
 FAILURE = upgradecheck.Code.FAILURE
@@ -103,11 +106,13 @@ class TestNova(ChecksTestCase):
 
     def test_installed_release_has_all_that_is_used(self) -> None:
         self.assertEqual([], list(nova_interface.differences()))
-        self.assertResult(SUCCESS, 'Nova 34', checks.nova)
+        self.assertIn(nova_interface.version(), (32, 33, 34))
+        self.assertResult(
+            SUCCESS, f'Nova {nova_interface.version()}$', checks.nova)
 
     def test_whatever_is_overridden_is_looked_at(self) -> None:
         ours = vars(driver.SnapshotLibvirtDriver)
-        novas = libvirt_driver.LibvirtDriver
+        novas = nova_compat.LibvirtDriver
         self.assertEqual(
             {name for name in ours
              if callable(ours[name]) and hasattr(novas, name)},
@@ -130,9 +135,19 @@ class TestNova(ChecksTestCase):
                               'quickly', checks.nova)
 
     def test_function_that_is_called_otherwise(self) -> None:
-        with mock.patch('nova.utils.get_sdk_adapter', lambda kind: None):
+        with mock.patch('nova.utils.get_sdk_adapter',
+                        lambda kind, ksa_auth: None):
             self.assertResult(FAILURE, 'nova.utils:get_sdk_adapter: .*admin',
                               checks.nova)
+
+    def test_what_an_older_release_has_instead_is_looked_at(self) -> None:
+        from nova import utils
+        with mock.patch('nova.utils.get_sdk_adapter', lambda kind: None), \
+                mock.patch('nova.utils._get_auth_and_session', None):
+            del utils._get_auth_and_session
+            self.assertResult(
+                FAILURE, 'nova.utils:_get_auth_and_session is missing',
+                checks.nova)
 
     def test_what_is_missing(self) -> None:
         from nova.compute import utils
@@ -289,6 +304,26 @@ class TestGuests(ChecksTestCase):
         self.assertResult(SUCCESS, '^backup would serve 3$', checks.guests)
 
 
+class TestFlowOf(ChecksTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.config(snapshots_directory=self.directory, group='libvirt')
+        self.config(state_directory=self.state, flows=['cold'],
+                    group='snapshot_ext')
+        self.domain.off()
+        self.domain.disks = fakes.disk_xml(
+            self.new_file('disk', bytes(4096))) + fakes.disk_xml(
+                'pool/image', target='vdb', kind='network')
+
+    def test_disks_that_would_be_asked_for_count(self) -> None:
+        self.assertEqual('cold', checks._flow_of(self.conf, self.guest))
+        self.config(disks='all', group='snapshot_ext')
+        self.assertRaisesRegex(
+            exception.NoFlowServes, 'vdb is a network disk',
+            checks._flow_of, self.conf, self.guest)
+
+
 class TestCommand(ChecksTestCase):
 
     def setUp(self) -> None:
@@ -341,3 +376,27 @@ class TestCommand(ChecksTestCase):
                 contextlib.redirect_stderr(errors):
             self.assertEqual(255, status.main(['upgrade', 'check']))
         self.assertIn('Nova is not installed', errors.getvalue())
+
+
+class TestHelp(base.TestCase):
+
+    def test_help_takes_no_nova(self) -> None:
+        said = io.StringIO()
+        with mock.patch.dict('sys.modules', {'nova': None}), \
+                contextlib.redirect_stdout(said):
+            ended = self.assertRaises(SystemExit, status.main, ['--help'])
+        self.assertEqual(0, ended.code)
+        self.assertIn('upgrade', said.getvalue())
+
+
+class TestInstalled(base.TestCase):
+
+    def test_fresh_process_finds_all_that_nova_has(self) -> None:
+        # Where nothing but the command itself has imported Nova's objects.
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c',
+             'from nova_snapshot_ext import nova_interface as found;'
+             'print(list(found.differences()))'],
+            capture_output=True, text=True, timeout=50)
+        self.assertEqual(('[]\n', 0), (done.stdout, done.returncode),
+                         done.stderr)

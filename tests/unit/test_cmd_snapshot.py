@@ -10,20 +10,25 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import dataclasses
+from importlib import metadata
 import io
 import json
 import os
 import typing
+from unittest import mock
 
 import fixtures
 import libvirt
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext.cmd import snapshot as cmd
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
 from nova_snapshot_ext import snapshot
 from nova_snapshot_ext import undo
@@ -109,6 +114,12 @@ class TestRecover(CommandTestCase):
     def left(self) -> list[str]:
         return sorted(os.listdir(self.state))
 
+    def written(self, path: str) -> tuple[int, ...]:
+        """What changes when a file does; it may be read meanwhile."""
+        found = os.stat(path)
+        return (found.st_ino, found.st_mode, found.st_size,
+                found.st_mtime_ns, found.st_ctime_ns)
+
     def test_what_a_dead_process_left_is_undone(self) -> None:
         self.log.close()
         self.assertEqual(0, self.recover())
@@ -123,10 +134,10 @@ class TestRecover(CommandTestCase):
         self.log.close()
         with open(self.log.path, 'ab') as file:
             file.write(b'{"cut')
-        before = os.stat(self.log.path)
+        before = self.written(self.log.path)
         self.assertEqual(0, self.recover('--dry-run'))
         self.assertEqual([], self.journal.of('create'))
-        self.assertEqual(before, os.stat(self.log.path))
+        self.assertEqual(before, self.written(self.log.path))
         self.assertEqual(
             f'{self.log.path}: would be done\n  demo_start {{}}\n',
             self.out.getvalue())
@@ -245,13 +256,58 @@ class TestCreate(CommandTestCase):
             self.out.getvalue())
         self.assertEqual('', self.err.getvalue())
 
+    def test_log_has_the_line_of_what_was_done(self) -> None:
+        self.create()
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        values = accounts.parsed(line)
+        self.assertEqual(('ok', fakes.UUID, '-'), (
+            values['outcome'], values['instance'], values['request']))
+        self.assertNotEqual('-', values['plan_s'])
+
     def test_result_is_one_json_document(self) -> None:
         self.create('--json')
         self.assertEqual({
             'domain': 'instance-00000001', 'flow': 'live',
             'transfer': 'staged', 'consistency': 'crash',
             'guest_pause_s': 0.25, 'length': 4096, 'duration_s': 1.5,
-            'location': '/i/a.qcow2'}, json.loads(self.out.getvalue()))
+            'location': '/i/a.qcow2', 'images': []},
+            json.loads(self.out.getvalue()))
+
+    def test_each_image_of_several_has_a_line(self) -> None:
+        global RESULT
+        self.addCleanup(globals().__setitem__, 'RESULT', RESULT)
+        RESULT = dataclasses.replace(RESULT, images=tuple(
+            snapshot.DiskImage(device, kind, 4096, 2048, f'/i/{device}')
+            for device, kind in (('vda', 'root'), ('vdb', 'swap'))))
+        self.create('--disks', 'all')
+        self.assertEqual(
+            ['  vda: /i/vda, 2048 bytes', '  vdb: /i/vdb, 2048 bytes'],
+            self.out.getvalue().splitlines()[1:])
+        self.create('--json')
+        self.assertEqual(
+            {'device': 'vdb', 'kind': 'swap', 'capacity': 4096,
+             'length': 2048, 'location': '/i/vdb'},
+            json.loads(self.out.getvalue())['images'][1])
+
+    def test_disks_are_those_of_the_wish_or_the_configuration(self) -> None:
+        path = self.new_file('all.conf', b'[snapshot_ext]\ndisks = all\n')
+        for arguments, disks in (
+                ((), requests.Disks.ROOT),
+                (('--disks', 'all'), requests.Disks.ALL)):
+            self.create(*arguments)
+            self.assertEqual(disks, self.taken[-1][3].disks)
+        self.run_command('--config-file', path, 'create', '--to',
+                         self.target, fakes.UUID)
+        self.assertEqual(requests.Disks.ALL, self.taken[-1][3].disks)
+
+    def test_flows_are_asked_for_the_wished_disks(self) -> None:
+        self.domain.disks += fakes.disk_xml(
+            'pool/image', target='vdb', kind='network')
+        self.run_command('flows', fakes.UUID)
+        self.assertIn('backup: can serve\n', self.out.getvalue())
+        self.run_command('flows', '--disks', 'all', fakes.UUID)
+        self.assertIn('backup: vdb is a network disk', self.out.getvalue())
 
     def test_options_are_passed_on(self) -> None:
         other = self.new_directory('other')
@@ -444,6 +500,17 @@ class TestExitCodes(CommandTestCase):
             error = self.assertRaises(
                 SystemExit, self.run_command, *arguments)
             self.assertEqual(cmd.USAGE, error.code)
+
+    def test_version_is_that_of_the_package(self) -> None:
+        for version, expected in (
+                ('1.2.3', 'nova-snapshot 1.2.3\n'),
+                (metadata.PackageNotFoundError(),
+                 'nova-snapshot not installed\n')):
+            with mock.patch('importlib.metadata.version', autospec=True,
+                            side_effect=[version]):
+                error = self.assertRaises(
+                    SystemExit, self.run_command, '--version')
+            self.assertEqual((0, expected), (error.code, self.out.getvalue()))
 
     def test_no_such_domain(self) -> None:
         self.domain.connection.domains = ()

@@ -19,6 +19,7 @@ from nova_snapshot_ext.images import dead
 from nova_snapshot_ext import in_flight
 from tests.unit import test_glance
 
+FURTHER = 'c0ffee00-0000-4000-8000-000000000002'
 SNAPSHOT = in_flight.Snapshot(
     test_glance.IMAGE, 'server-1', 'project', 'user', 'req-1', None)
 
@@ -119,6 +120,77 @@ class TestSettle(test_glance.GlanceTestCase):
         self.server.plan['DELETE'] = [403]
         self.assertRaises(exception.ImageServiceError, self.settle)
         self.assertNotEqual({}, self.server.images)
+
+    # Images of further disks
+
+    def further(self, whole: bool, failed: bool = False,
+                **properties: typing.Any) -> str:
+        self.server.images.clear()
+        self.server.add(**{
+            'id': FURTHER, 'snapshot_ext_group': test_glance.IMAGE,
+            'status': 'active', 'os_hidden': True, **properties})
+        return dead.settle_further(self.proxy(), SNAPSHOT, FURTHER, whole,
+                                   failed)
+
+    def test_further_one_is_shown_with_that_of_the_root_disk(self) -> None:
+        for failed in (False, True):
+            self.assertIn('not hidden any more', self.further(True, failed))
+            self.assertIs(False, self.server.images[FURTHER]['os_hidden'])
+
+    def test_further_one_goes_without_that_of_the_root_disk(self) -> None:
+        for status in ('queued', 'saving', 'active'):
+            for failed in (False, True):
+                self.assertIn('is deleted', self.further(
+                    False, failed, status=status))
+                self.assertEqual({}, self.server.images)
+
+    def test_further_one_that_is_not_whole_is_never_shown(self) -> None:
+        self.assertIn('is deleted', self.further(True, status='saving'))
+
+    def test_further_one_that_was_shown_stays(self) -> None:
+        for whole, failed in ((True, True), (True, False), (False, False)):
+            self.further(whole, failed, os_hidden=False)
+        self.assertEqual([], self.changes())
+
+    def test_further_one_of_a_snapshot_that_failed_goes_though_it_was_shown(
+            self) -> None:
+        self.assertIn('is deleted', self.further(
+            False, failed=True, os_hidden=False))
+
+    def test_further_one_of_another_snapshot_is_left_alone(self) -> None:
+        for group in ('another', None):
+            self.assertIn('left alone', self.further(
+                False, failed=True, snapshot_ext_group=group))
+        self.assertEqual([], self.changes())
+
+    def test_further_one_that_is_not_shown_may_be_there(self) -> None:
+        self.assertRaises(
+            exception.ImageGone, dead.settle_further, self.proxy(), SNAPSHOT,
+            FURTHER, True, False)
+
+    def test_no_clear_answer_changes_no_further_one(self) -> None:
+        for status in (401, 403, 500, 503):
+            self.server.plan['GET'] = [status] * 5
+            self.assertRaises(exception.ImageServiceError, self.further,
+                              False)
+            self.server.plan.clear()
+        self.assertEqual([], self.changes())
+
+    def test_whole_is_what_was_sent_and_is_active(self) -> None:
+        for whole, properties in (
+                (True, {'status': 'active', 'size': 20}),
+                (True, {'status': 'deactivated', 'size': 20}),
+                (False, {'status': 'active', 'size': 30}),
+                (False, {'status': 'active', 'size': None}),
+                (False, {'status': 'queued'}),
+                (False, {'status': 'saving', 'size': 20}),
+                (False, {'status': 'active', 'size': 20,
+                         'instance_uuid': 'server-2'})):
+            self.server.add(**{'instance_uuid': 'server-1', **properties})
+            self.assertEqual(whole, dead.is_whole(
+                self.proxy(), SNAPSHOT, [10, 20]), properties)
+        self.server.images.clear()
+        self.assertFalse(dead.is_whole(self.proxy(), SNAPSHOT, [10, 20]))
 
     def test_image_that_goes_meanwhile_is_gone(self) -> None:
         self.add()

@@ -10,6 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,12 +18,15 @@ import os
 import threading
 import typing
 
+import fixtures
+
 from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import directory
 from nova_snapshot_ext import request as requests
+from nova_snapshot_ext import undo
 from tests.unit import base
 
 CONTENT = b'image' * 1000
@@ -55,9 +59,15 @@ class TestDirectory(base.TestCase):
     def publish(self, name: str = 'snap', verify_hash: bool = False,
                 progress: requests.Progress = requests.no_progress,
                 ) -> images.Published:
-        return self.service().publish(
-            self.image, self.description(name), verify_hash, progress,
-            self.log)
+        [published] = self.service().publish(
+            [self.new(name, progress)], verify_hash, self.log)
+        return published
+
+    def new(self, name: str = 'snap',
+            progress: requests.Progress = requests.no_progress,
+            ) -> images.NewImage:
+        return images.NewImage(self.description(name),
+                               contextlib.nullcontext(self.image), progress)
 
     def description(self, name: str = 'snap') -> images.Description:
         return images.Description(
@@ -119,10 +129,10 @@ class TestDirectory(base.TestCase):
 
     def test_image_appears_when_it_is_whole(self) -> None:
         seen: list[str] = []
-        for name, real in (('os.rename', os.rename), ('os.link', os.link)):
-            self.patch_name(name, lambda old, new, real=real: (
-                seen.append(f'{os.path.basename(new)} '
-                            f'{os.stat(old).st_size > 0}'), real(old, new)))
+        real = os.link
+        self.patch_name('os.link', lambda old, new: (
+            seen.append(f'{os.path.basename(new)} '
+                        f'{os.stat(old).st_size > 0}'), real(old, new)))
         during: list[list[str]] = []
         self.publish(progress=lambda done, total: during.append(
             [each for each in os.listdir(self.target)
@@ -142,7 +152,8 @@ class TestDirectory(base.TestCase):
         self.patch_name('os.link', lambda old, new: (
             self.journal.append('link'), real_link(old, new))[1])
         self.publish()
-        self.assertEqual(['sync', 'sync', 'link', 'sync'], self.journal)
+        self.assertEqual(['sync', 'sync', 'link', 'link', 'sync'],
+                         self.journal)
 
     def test_image_that_came_meanwhile_is_not_overwritten(self) -> None:
         path = os.path.join(self.target, 'snap.qcow2')
@@ -163,7 +174,8 @@ class TestDirectory(base.TestCase):
                 file.write('precious')
             self.assertRaisesRegex(
                 exception.InvalidSetting, 'exists already',
-                self.service().prepare, self.description(), 0)
+                self.service().prepare,
+                [self.description('other'), self.description()], 0)
             self.assertRaisesRegex(
                 exception.InvalidSetting, 'exists already', self.publish)
             with open(path) as file:
@@ -203,13 +215,13 @@ class TestDirectory(base.TestCase):
         self.assertNothingIsLeft()
 
     def test_nothing_is_left_when_the_image_can_not_appear(self) -> None:
-        real = os.rename
+        real = os.link
 
         def fail(old: str, new: str) -> None:
             if new.endswith('.json'):
                 raise OSError('I/O error')
             real(old, new)
-        self.patch_name('os.rename', fail)
+        self.patch_name('os.link', fail)
         self.assertRaises(exception.ImageServiceError, self.publish)
         self.assertNothingIsLeft()
 
@@ -217,8 +229,8 @@ class TestDirectory(base.TestCase):
         self.patch_name('nova_snapshot_ext.workspace.free_bytes',
                         lambda path: 99)
         self.assertRaises(exception.NotEnoughRoom, self.service().prepare,
-                          self.description(), 100)
-        self.service().prepare(self.description(), 99)
+                          [self.description()], 100)
+        self.service().prepare([self.description()], 99)
         self.assertNothingIsLeft()
 
     def test_name_stays_in_the_directory(self) -> None:
@@ -237,3 +249,83 @@ class TestDirectory(base.TestCase):
             exception.InvalidSetting, '^--to = /none ',
             directory.DirectoryService, images.Destination(
                 directory='/none', directory_setting='--to'))
+
+    # Several of one snapshot
+
+    def publish_two(self, fails: bool = False) -> list[images.Published]:
+        def progress(done: int, total: int) -> None:
+            self.assertEqual([], [name for name in os.listdir(self.target)
+                                  if not name.startswith('.')])
+            if fails and done:
+                raise exception.ImageGone('nobody wants it')
+        return self.service().publish(
+            [self.new('snap-vdb'), self.new('snap', progress)], False,
+            self.log)
+
+    def test_several_appear_when_all_are_whole(self) -> None:
+        self.assertEqual(
+            [images.Published(os.path.join(self.target, name), len(CONTENT))
+             for name in ('snap-vdb.qcow2', 'snap.qcow2')],
+            self.publish_two())
+        self.assertEqual(
+            ['snap-vdb.qcow2', 'snap-vdb.qcow2.json', 'snap.qcow2',
+             'snap.qcow2.json'], sorted(os.listdir(self.target)))
+        self.assertEqual(0, self.log.pending)
+
+    def test_none_appears_when_one_fails(self) -> None:
+        self.assertRaises(exception.ImageGone, self.publish_two, fails=True)
+        self.assertNothingIsLeft()
+
+    def test_none_stays_when_one_can_not_appear(self) -> None:
+        real = os.link
+        for name in ('snap-vdb.qcow2.json', 'snap.qcow2', 'snap.qcow2.json'):
+            def fail(old: str, new: str, name: str = name) -> None:
+                if os.path.basename(new) == name:
+                    raise OSError('I/O error')
+                real(old, new)
+            with fixtures.MonkeyPatch('os.link', fail):
+                self.assertRaises(
+                    exception.ImageServiceError, self.publish_two)
+            self.assertNothingIsLeft()
+
+    def test_none_stays_when_the_process_dies_between(self) -> None:
+        class Death(BaseException):
+            pass
+        real = os.link
+
+        def die(old: str, new: str) -> None:
+            if new.endswith('snap.qcow2'):
+                raise Death
+            real(old, new)
+        # A process that dies undoes nothing.
+        with (fixtures.MonkeyPatch('os.link', die),
+              fixtures.MonkeyPatch('nova_snapshot_ext.undo.UndoLog._unwind',
+                                   lambda *arguments: None)):
+            self.assertRaises(Death, self.publish_two)
+        self.assertIn('snap-vdb.qcow2', os.listdir(self.target))
+        self.log.close()
+        undo.UndoLog.adopt(self.log.path, lambda uri, uuid: self.guest,
+                           self.host).unwind()
+        self.assertNothingIsLeft()
+
+    def test_what_another_put_there_is_not_taken_away(self) -> None:
+        path = os.path.join(self.target, 'snap.qcow2')
+        real = os.link
+
+        def come(old: str, new: str) -> None:
+            if new == path:
+                with open(path, 'w') as file:
+                    file.write('precious')
+            real(old, new)
+        with fixtures.MonkeyPatch('os.link', come):
+            self.assertRaises(exception.ImageServiceError, self.publish_two)
+        with open(path) as file:
+            self.assertEqual('precious', file.read())
+        self.assertEqual(['snap.qcow2'], os.listdir(self.target))
+
+    def test_only_files_of_ours_lose_their_names(self) -> None:
+        around = undo.Surroundings(self.guest, self.host)
+        path = self.new_file('precious')
+        self.assertRaises(ValueError, directory.remove_unfinished, around,
+                          {path: path})
+        self.assertTrue(os.path.exists(path))

@@ -31,11 +31,14 @@ from oslo_config import fixture as config_fixture
 import oslo_messaging
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext import in_flight
+from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
 from nova_snapshot_ext import snapshot
@@ -60,7 +63,7 @@ class FakeService(images.ImageService):
     def __init__(self) -> None:
         pass
 
-    def publish(self, *arguments: object) -> images.Published:
+    def publish(self, *arguments: object) -> list[images.Published]:
         raise AssertionError('take() is a double here')
 
 
@@ -119,13 +122,15 @@ class DriverTestCase(base.TestCase):
         self.events: list[str] = []
         self.patch_name('nova.compute.utils.EventReporter', self.event)
         self.patch_name('nova_snapshot_ext.driver._image_service',
-                        lambda context, image_id, announce: FakeService())
+                        lambda context, image_id, record: FakeService())
         self.patch_name('nova_snapshot_ext.snapshot.take', self.take)
         self.patch_name(
             'nova.virt.libvirt.driver.LibvirtDriver.snapshot',
             lambda *arguments: self.events.append('nova'))
         self.patch_name('nova_snapshot_ext.mover_stream.why_not',
                         lambda python: None)
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: None)
         # It would wait for Nova, which is not here.
         self.patch_name('threading.Timer.start', lambda timer: None)
         self.taken: list[dict[str, typing.Any]] = []
@@ -318,7 +323,10 @@ class TestErrors(DriverTestCase):
     def test_error_is_logged_once(self) -> None:
         self.assertTranslated(exception.FreezeFailed('no socket'),
                               nova_exception.NovaException)
-        self.assertEqual(1, self.output.output.count('no socket'))
+        self.assertEqual(1, self.output.output.count(
+            'No snapshot was taken: no socket'))
+        self.assertEqual(1, self.output.output.count('reason="no socket"'))
+        self.assertEqual(2, self.output.output.count('no socket'))
 
     def test_error_is_in_the_servers_events(self) -> None:
         self.assertTranslated(exception.FreezeFailed('no socket'),
@@ -369,6 +377,78 @@ class TestErrors(DriverTestCase):
             nova_exception.NovaException, self.snapshot)
         self.assertIn('live: the guest is shut off', str(error))
         self.assertNotIn('nova', self.events)
+
+
+class TestAccount(DriverTestCase):
+    """The line and the notification at the end, whatever the end."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.context = nova_context.RequestContext(
+            'u', 'p', request_id='req-5ee7e4f9')
+        self.sent: list[tuple[object, accounts.Account]] = []
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: self.sent.append(what))
+
+    def line(self) -> dict[str, str]:
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        self.output.reset_output()
+        [(context, account)] = self.sent
+        self.assertIs(self.context, context)
+        self.assertEqual(account.line(), line)
+        self.sent.clear()
+        found = accounts.parsed(line)
+        self.assertEqual(
+            (fakes.UUID, uuids.image, 'req-5ee7e4f9'),
+            (found['instance'], found['image'], found['request']))
+        return found
+
+    def test_success(self) -> None:
+        self.snapshot()
+        line = self.line()
+        self.assertEqual('ok', line['outcome'])
+        for phase in ('wait', 'plan', 'release', 'total'):
+            self.assertNotEqual('-', line[f'{phase}_s'])
+
+    def test_recipe_puts_down_into_the_same_account(self) -> None:
+        self.snapshot()
+        [(_, account)] = self.sent
+        self.assertIs(account, self.taken[0]['request'].account)
+
+    def test_failure(self) -> None:
+        self.error = exception.FreezeFailed('no socket')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        line = self.line()
+        self.assertEqual(('failed', 'FreezeFailed', 'no socket'), (
+            line['outcome'], line['error'], line['reason']))
+
+    def test_cancellation(self) -> None:
+        self.error = exception.ImageGone('Image x was deleted')
+        self.assertRaises(nova_exception.ImageNotFound, self.snapshot)
+        self.assertEqual('cancelled', self.line()['outcome'])
+
+    def test_server_that_is_deleted_before_bytes_are_sent(self) -> None:
+        def update(task_state: str, **more: object) -> None:
+            raise nova_exception.UnexpectedDeletingTaskStateError(
+                instance_uuid=fakes.UUID, expected={}, actual={})
+        self.assertRaises(nova_exception.UnexpectedDeletingTaskStateError,
+                          self.snapshot, update)
+        self.assertEqual('cancelled', self.line()['outcome'])
+
+    def test_refusal_before_anything_is_done(self) -> None:
+        self.domain.off()
+        self.config(flows=['live'], group='snapshot_ext')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        line = self.line()
+        self.assertEqual(('failed', 'NoFlowServes', '-'), (
+            line['outcome'], line['error'], line['flow']))
+
+    def test_novas_own_snapshot(self) -> None:
+        self.config(virt_type='lxc', group='libvirt')
+        self.snapshot()
+        line = self.line()
+        self.assertEqual(('ok', 'nova'), (line['outcome'], line['flow']))
 
 
 class TestNovaServes(DriverTestCase):
@@ -462,6 +542,148 @@ class TestChoice(DriverTestCase):
         self.assertRaisesRegex(
             nova_exception.NovaException, 'disable_libvirt_livesnapshot',
             self.snapshot)
+
+
+class TestDisks(DriverTestCase):
+
+    def disks(self, **properties: str) -> str:
+        self.instance.task_state = task_states.IMAGE_SNAPSHOT
+        self.api.image['properties'] = properties
+        self.snapshot()
+        request: requests.Request = self.taken[-1]['request']
+        return request.disks.value
+
+    def test_root_disk_is_the_default(self) -> None:
+        self.assertEqual('root', self.disks())
+
+    def test_configuration(self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.assertEqual('all', self.disks())
+
+    def test_request_goes_first(self) -> None:
+        self.assertEqual('all', self.disks(snapshot_disks='all'))
+        self.config(disks='all', group='snapshot_ext')
+        self.assertEqual('root', self.disks(snapshot_disks='root'))
+
+    def test_other_request_is_one_clear_error(self) -> None:
+        for asked in ('both', '', 'ALL'):
+            error = self.assertRaises(
+                nova_exception.NovaException, self.disks,
+                snapshot_disks=asked)
+            self.assertEqual(
+                f'image property snapshot_disks = {asked} is not valid: it '
+                f'must be root or all', str(error))
+        self.assertEqual([], self.states)
+
+    def test_image_of_the_root_disk_names_the_group(self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertEqual(uuids.image, self.taken[-1]['request'].group)
+
+    def test_request_is_for_one_snapshot(self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertIn('snapshot_disks', self.taken[-1]['description'].removed)
+        self.instance.system_metadata = {'image_snapshot_disks': 'all'}
+        self.disks(snapshot_disks='all')
+        self.assertNotIn('snapshot_disks',
+                         self.taken[-1]['description'].removed)
+
+    def test_further_images_are_found_by_the_server_and_not_for_booting(
+            self) -> None:
+        self.disks(snapshot_disks='all')
+        self.assertEqual({'instance_uuid': fakes.UUID},
+                         self.taken[-1]['description'].further)
+
+    def back_up(self, disks: str = 'all') -> list[tuple[object, ...]]:
+        """:returns: how what Nova has rotated out is asked for"""
+        asked: list[tuple[object, ...]] = []
+
+        def delete(*arguments: object) -> list[str]:
+            asked.append(arguments)
+            if self.fails:
+                raise self.fails
+            return ['image-9']
+        self.patch_name('nova_snapshot_ext.images.rotation.delete_rotated',
+                        delete)
+        self.patch_name('nova_snapshot_ext.driver._glance',
+                        lambda context: 'proxy')
+        self.config(disks=disks, group='snapshot_ext')
+        self.api.image['properties'] = {'backup_type': 'daily'}
+        self.instance.task_state = task_states.IMAGE_BACKUP
+        self.snapshot()
+        return asked
+
+    fails: Exception | None = None
+
+    def test_backup_is_of_all_too(self) -> None:
+        self.assertEqual([('proxy', fakes.UUID, 'daily')], self.back_up())
+        self.assertEqual(requests.Disks.ALL, self.taken[-1]['request'].disks)
+        self.assertEqual(
+            {'instance_uuid': fakes.UUID,
+             'snapshot_ext_backup_type': 'daily'},
+            self.taken[-1]['description'].further)
+        self.assertIn('Image image-9 is deleted', self.output.output)
+
+    def test_backup_does_not_fail_because_earlier_ones_stay(self) -> None:
+        for self.fails in (exception.ImageRefused('403'),
+                           nova_exception.NovaException('no catalog')):
+            self.back_up()
+            self.assertIn(f'earlier backups may stay: {self.fails}',
+                          self.output.output)
+
+    def test_snapshot_of_a_server_booted_from_a_backup_is_no_backup(
+            self) -> None:
+        self.disks(snapshot_disks='all', backup_type='daily')
+        self.assertEqual({'instance_uuid': fakes.UUID},
+                         self.taken[-1]['description'].further)
+
+    def test_backup_of_the_root_disk_has_no_others(self) -> None:
+        self.assertEqual([], self.back_up('root'))
+
+    def test_image_that_nova_deletes_when_it_is_used_has_no_others(
+            self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.api.image['properties'] = {'snapshot_disks': 'all'}
+        for state in (task_states.SHELVING, task_states.RESIZE_MIGRATING):
+            self.instance.task_state = state
+            self.snapshot(lambda *arguments, **more: None)
+            self.assertEqual(requests.Disks.ROOT,
+                             self.taken[-1]['request'].disks)
+
+    def test_nova_serves_no_request_for_all(self) -> None:
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        self.api.image['properties'] = {'snapshot_disks': 'all'}
+        self.assertRaisesRegex(
+            nova_exception.NovaException,
+            "snapshot_disks = all is not valid: only root can be served, by "
+            "Nova's own snapshot: its root disk is a network disk",
+            self.snapshot)
+        self.assertNotIn('nova', self.events)
+
+    def test_nova_serves_where_the_configuration_says_all(self) -> None:
+        self.config(disks='all', group='snapshot_ext')
+        self.domain.disks = fakes.disk_xml('vms/a', kind='network')
+        self.snapshot()
+        self.assertIn('nova', self.events)
+        self.assertIn('it is of the root disk alone', self.output.output)
+
+    def test_what_is_left_is_seen_to_while_we_live(self) -> None:
+        def service(context: object, image_id: str,
+                    record: in_flight.Record) -> FakeService:
+            record.begin_further('image-2')
+            self.addCleanup(record.close)
+            return FakeService()
+        self.patch_name('nova_snapshot_ext.driver._image_service', service)
+        left: list[in_flight.Record] = []
+        self.patch_name('nova_snapshot_ext.reconcile.settle_later',
+                        left.append)
+        self.patch_name('threading.Timer.start',
+                        lambda timer: timer.function())
+        self.snapshot()
+        self.assertEqual([], left)
+        self.instance.task_state = task_states.IMAGE_SNAPSHOT
+        self.error = exception.UndoFailed('it is kept')
+        self.assertRaises(nova_exception.NovaException, self.snapshot)
+        self.assertEqual([['image-2']], [each.further for each in left])
 
 
 class TestRequest(DriverTestCase):
@@ -694,7 +916,7 @@ class TestRecovery(DriverTestCase):
         super().setUp()
         journal.clear()
         self.patch_name(
-            'nova.virt.libvirt.driver.LibvirtDriver.'
+            'nova_snapshot_ext.nova_compat.LibvirtDriver.'
             'process_instances_at_startup',
             lambda driver, context, instances: (
                 journal.append('nova'), instances)[1])
@@ -727,6 +949,30 @@ class TestRecovery(DriverTestCase):
              'may start True'], journal)
         self.assertFalse(os.path.exists(path))
         self.assertIn(f'What {path} said is undone', self.output.output)
+
+    def test_nova_does_not_wait_for_a_merge(self) -> None:
+        """What is merged may be as large as disks are."""
+        log = self.new_log()
+        log.push(demo_recovery)
+        log.push(external_merge.merge_external_snapshot,
+                 name=internal_snapshot.new_name(), uuid='-',
+                 state_directory='-', child=None, merges=[], files=[])
+        log.close()
+        finish = driver._finish_now
+        goes_on, done = threading.Event(), threading.Event()
+
+        def slowly(*arguments: typing.Any) -> None:
+            self.assertTrue(goes_on.wait(10))
+            finish(*arguments)
+            done.set()
+        self.patch_name('nova_snapshot_ext.driver._finish_now', slowly)
+        self.patch_name(
+            'nova_snapshot_ext.power.is_gone', lambda around: True)
+        self.process(self.instance)
+        self.assertEqual(['nova'], journal)
+        goes_on.set()
+        self.assertTrue(done.wait(10))
+        self.assertFalse(os.path.exists(log.path))
 
     def test_next_snapshot_is_planned_when_that_is_undone(self) -> None:
         self.leave_log()
@@ -937,21 +1183,17 @@ class TestRecovery(DriverTestCase):
 class TestGlance(DriverTestCase):
 
     def test_rights_are_those_of_the_request(self) -> None:
-        asked: list[tuple[str, dict[str, object]]] = []
         proxy = type('Proxy', (), {'endpoint_override': None})()
+        self.patch_name('nova_snapshot_ext.nova_compat.request_auth',
+                        lambda context: f'auth of {context.request_id}')
         self.patch_name(
-            'nova.utils.get_sdk_adapter', lambda service, **more: (
-                asked.append((service, more)), proxy)[1])
-        self.patch_name(
-            'nova.service_auth.get_service_user_token_auth_plugin',
-            lambda context: f'auth of {context.request_id}')
+            'nova_snapshot_ext.nova_compat.image_proxy',
+            lambda auth: (self.events.append(auth), proxy)[1])
         self.patch_name('nova.image.glance.get_api_servers',
                         lambda context: iter(['http://glance/']))
         self.assertIs(proxy, driver._glance(self.context))
         self.assertEqual('http://glance/v2', proxy.endpoint_override)
-        self.assertEqual([('image', {
-            'admin': False, 'context': self.context,
-            'ksa_auth': f'auth of {self.context.request_id}'})], asked)
+        self.assertEqual([f'auth of {self.context.request_id}'], self.events)
 
 
 class TestServerReport(DriverTestCase):

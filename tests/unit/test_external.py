@@ -13,8 +13,10 @@
 """External snapshots, whoever dies and when: nothing reads other data."""
 
 import contextlib
+import json
 import os
 import typing
+from unittest import mock
 
 import libvirt
 
@@ -244,6 +246,31 @@ class TestObstacle(ExternalTestCase):
         self.assertIn('max_domain_snapshots_gb = 1', self.obstacle(
             memory=False, most_gb=1))
 
+    def test_definition_that_says_more_than_headers(self) -> None:
+        top, below = self.overlaid.live['vda'][0], os.path.join(
+            self.disks, 'below')
+        self.files.make(below, 'raw')
+        store = self.overlaid._store
+        for said in (f'<backingStore type="file"><format type="raw"/>'
+                     f'<source file="{below}"/><backingStore/>'
+                     f'</backingStore>', '<backingStore/>'):
+            self.overlaid._store = (  # type: ignore[method-assign]
+                lambda path: said if path == top else store(path))
+            self.assertEqual(below in said,
+                             'backingStore' in self.obstacle())
+            self.files.bases[top] = (below, 'raw')
+            self.assertEqual(below not in said,
+                             'backingStore' in self.obstacle())
+            del self.files.bases[top]
+
+    def test_part_of_a_file(self) -> None:
+        words = self.overlaid.XMLDesc
+        self.domain.XMLDesc = (  # type: ignore[method-assign]
+            lambda flags: words(flags).replace(
+                'vdb" />', 'vdb"><slices><slice type="storage" offset="512" '
+                'size="512"/></slices></source>'))
+        self.assertIn('vdb is a part (slice)', self.obstacle())
+
     def test_directory_that_is_not_ours(self) -> None:
         self.patch_name('os.access', lambda path, mode: not mode & os.W_OK)
         self.assertIn('can not make an overlay', self.obstacle())
@@ -429,6 +456,69 @@ class TestDelete(ExternalTestCase):
         self.revert('one')
         self.assertIn('vdc', self.refused('two'))
 
+    def test_titles_need_not_be_unique(self) -> None:
+        self.take('one')
+        self.overlaid.add_disk('vdc', os.path.join(self.disks, 'vdc'), 'raw')
+        self.take('two')
+        self.revert('one')
+        self.take('same')
+        # That is based on a file of two no more, and is of the same title.
+        del self.overlaid.live['vdc'], self.overlaid.defined['vdc']
+        self.take('same')
+        self.assertIn('vdc of instance-00000001 in same', self.refused('two'))
+
+    def test_disk_that_was_detached_rests_on_it(self) -> None:
+        """No record tells of that, and no domain has it."""
+        self.take('one')
+        self.overlaid.add_disk('vdc', os.path.join(self.disks, 'vdc'), 'raw')
+        for title in ('two', 'three'):
+            self.take(title)
+        detached = self.overlaid.live.pop('vdc')[0]
+        del self.overlaid.defined['vdc']
+        self.revert('one')
+        self.assertIn(f'{detached} is based on', self.refused('three'))
+        os.remove(detached)
+        for title in ('three', 'two'):
+            self.delete(title)
+        self.assertTrue(os.path.exists(os.path.join(self.disks, 'vdc')))
+
+    def test_overlay_of_somebody_else_above_the_child(self) -> None:
+        """It would be put on what it was never based on."""
+        for title in ('one', 'two'):
+            self.take(title)
+        mine = self.overlaid.live['vda'][0]
+        for name in ('other', f'{test_domain.MINE}.vda'):
+            path = os.path.join(self.disks, name)
+            self.files.make(path, 'qcow2')
+            self.files.bases[path] = (mine, 'qcow2')
+            self.overlaid.live['vda'] = self.overlaid.defined['vda'] = (
+                path, 'qcow2')
+            self.assertIn('changed by somebody else', self.refused('one'))
+            self.overlaid.live['vda'] = self.overlaid.defined['vda'] = (
+                mine, 'qcow2')
+            os.remove(path)
+        self.delete('one')
+        self.assert_right('two')
+
+    def test_job_that_does_not_end(self) -> None:
+        self.take('one')
+        self.patch_name('nova_snapshot_ext.external_merge._COMMIT_TIMEOUT_S',
+                        5)
+        self.domain.blockJobInfo = (  # type: ignore[method-assign]
+            lambda target, flags: {'type': 3})
+        self.overlaid._mirror = (  # type: ignore[method-assign]
+            lambda target: '')
+        around = undo.Surroundings(self.guest, self.host)
+        record = self.record('one')
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'does not end',
+            external_merge.merge_external_snapshot, around,
+            name=record.name, uuid=fakes.UUID, state_directory=self.state,
+            child=None, merges=[{
+                'target': 'vda', 'top': self.overlaid.live['vda'][0],
+                'base': record.disks['vda'], 'format': 'qcow2',
+                'above': []}], files=[])
+
     def test_job_saved_memory_and_no_room(self) -> None:
         self.take('one')
         self.domain.job = libvirt.VIR_DOMAIN_JOB_UNBOUNDED
@@ -484,6 +574,19 @@ class TestDelete(ExternalTestCase):
         self.assert_present()
         self.overlaid.stale = None
         self.assert_clean()
+
+    def test_names_of_qemu_with_options(self) -> None:
+        """So it calls what is opened otherwise than its header says."""
+        name = json.dumps({
+            'driver': 'qcow2', 'backing': {'driver': 'raw', 'file': {
+                'driver': 'file', 'filename': '/base'}},
+            'file': {'driver': 'file', 'filename': '/top'}})
+        answer = json.dumps({'return': [{'inserted': {'image': {
+            'filename': f'json:{name}',
+            'backing-image': {'filename': '/base'}}}}, {}]})
+        self.patch_name('libvirt_qemu.qemuMonitorCommand',
+                        lambda *arguments: answer)
+        self.assertEqual([['/top', '/base'], []], self.guest.open_chains())
 
     def test_pivot_that_did_not_begin(self) -> None:
         self.take('one')
@@ -571,6 +674,31 @@ class TestDelete(ExternalTestCase):
         external_files.delete(path)
         self.assertFalse(os.path.exists(path))
 
+    def test_overlay_that_can_not_be_looked_at_is_not_kept_for_good(
+            self) -> None:
+        self.take('one')
+        path = self.overlaid.live['vda'][0]
+        with mock.patch('os.access', autospec=True,
+                        return_value=False):
+            self.assertRaisesRegex(
+                exception.UndoFailed, 'can not see', external_files.delete,
+                path)
+        self.assertFalse(os.path.exists(path + external_files.KEPT))
+
+    def test_what_the_guest_is_made_of_is_never_deleted(self) -> None:
+        for title in ('one', 'two'):
+            self.take(title)
+        self.domain.off()
+        record = self.record('two')
+        for path in (self.overlaid.defined['vda'][0], record.disks['vda']):
+            self.assertRaisesRegex(
+                exception.UndoFailed, 'is made of it',
+                external_merge.merge_external_snapshot,
+                undo.Surroundings(self.guest, self.host), name=record.name,
+                uuid=fakes.UUID, state_directory=self.state, child=None,
+                merges=[], files=[path])
+        self.assert_right('one', 'two')
+
     def test_guest_that_is_gone_needs_nothing(self) -> None:
         self.take('one')
         before = sorted(os.listdir(self.disks))
@@ -624,6 +752,21 @@ class TestRevert(ExternalTestCase):
             ['managedSave', 'restore', 'createWithFlags'],
             self.journal.of('managedSave', 'restore', 'create'))
 
+    def test_guest_that_somebody_else_started_stays_what_it_was(
+            self) -> None:
+        """libvirtd died in the restore, and it was started meanwhile."""
+        self.take('one', memory=True)
+
+        def die(path: str, xml: str, flags: int = 0) -> None:
+            self.overlaid.createWithFlags(0)
+            raise fakes.libvirt_error(libvirt.VIR_ERR_INTERNAL_ERROR,
+                                      domain=libvirt.VIR_FROM_RPC)
+        self.overlaid.connection.restoreFlags = (  # type: ignore
+            die)
+        self.assertRaises(exception.SnapshotError, self.revert, 'one')
+        self.assertEqual(self.present, self.overlaid.reads())
+        self.assert_right('one')
+
     def test_paused_guest_is_paused_again(self) -> None:
         self.take('one')
         self.guest.suspend()
@@ -656,6 +799,35 @@ class TestRevert(ExternalTestCase):
         self.assertIn('is gone', self.obstacle('one'))
         self.overlaid.live['vda'] = (os.path.join(self.disks, 'vda'), 'qcow2')
         self.assertIn('somebody else changed', self.obstacle('one'))
+
+    def test_file_system_that_is_not_mounted_is_not_given_up(self) -> None:
+        """The host was booted in the middle of it."""
+        self.take('one')
+        now = {target: path for target, (path, _)
+               in self.overlaid.live.items()}
+        self.domain.off()
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'mounted',
+            external_rollback.come_back_to_overlays,
+            undo.Surroundings(self.guest, self.host, rebooted=True,
+                              owner_died=True),
+            target=self.record('one').name,
+            now=now | {'vdb': '/nonexistent/vdb'},
+            new={target: f'{path}.new' for target, path in now.items()},
+            life='1', paused=False, current=self.record('one').name,
+            uuid=fakes.UUID, state_directory=self.state)
+        self.assertTrue(all(map(os.path.exists, now.values())))
+
+    def test_two_undos_do_not_contradict_each_other(self) -> None:
+        """The later one fails, and is tried again after the other."""
+        self.take('one')
+        self.domain.off()
+        paths = [path for path, _ in self.overlaid.defined.values()]
+        external_rollback.delete_left_overlays(
+            undo.Surroundings(self.guest, self.host), paths=paths,
+            uuid=fakes.UUID, state_directory=self.state)
+        self.assertEqual(self.present, self.overlaid.reads())
+        self.assert_right('one')
 
     def test_files_of_snapshots_are_never_what_is_left(self) -> None:
         self.take('one')

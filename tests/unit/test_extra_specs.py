@@ -10,17 +10,25 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-from nova.api.validation.extra_specs import validators
+import importlib
+import typing
+from unittest import mock
+
 from nova import exception
 
-from nova_snapshot_ext import extra_specs
 from tests.unit import base
+
+
+def load(module: str) -> typing.Any:
+    # Nova 32's API has eventlet patch the process that imports it.
+    with mock.patch('nova.monkey_patch.patch', lambda: None):
+        return importlib.import_module(module)
 
 
 class TestExtraSpecs(base.TestCase):
 
     def test_flow_of_a_flavor_is_a_name(self) -> None:
-        spec = extra_specs.register()[0]
+        spec = load('nova_snapshot_ext.extra_specs').register()[0]
         for value in ('cold', 'live', 'my-flow_2'):
             spec.validate('snapshot_ext:flow', value)
         for value in ('', 'Cold', '1', 'a b', 'a;b'):
@@ -28,6 +36,7 @@ class TestExtraSpecs(base.TestCase):
                               'snapshot_ext:flow', value)
 
     def test_nova_finds_it(self) -> None:
+        validators = load('nova.api.validation.extra_specs.validators')
         validators.validate('snapshot_ext:flow', 'cold')
         for name, value in (('snapshot_ext:flow', 'Not a flow'),
                             ('snapshot_ext:flaw', 'cold')):

@@ -97,11 +97,17 @@ class GlanceTestCase(base.TestCase):
                 progress: requests.Progress = requests.no_progress,
                 send_timeout: float = 300,
                 **changes: typing.Any) -> images.Published:
-        return glance.GlanceService(images.Destination(
+        [published] = glance.GlanceService(images.Destination(
             glance=self.proxy(), image_id=image_id, retries=retries,
             send_timeout=send_timeout)).publish(
-                self.image, self.description(**changes), verify_hash,
-                progress, self.log)
+                self.new(progress, **changes), verify_hash, self.log)
+        return published
+
+    def new(self, progress: requests.Progress = requests.no_progress,
+            **changes: typing.Any) -> list[images.NewImage]:
+        return [images.NewImage(
+            self.description(**changes),
+            contextlib.nullcontext(self.image), progress)]
 
     def uploads(self) -> int:
         return self.server.seen.count('PUT /file')
@@ -287,8 +293,7 @@ class TestUpload(GlanceTestCase):
             glance=self.proxy(), image_id=IMAGE, answer_timeout=1))
         self.assertRaisesRegex(
             exception.ImageServiceUnreachable, 'timed out', service.publish,
-            self.image, self.description(), False, requests.no_progress,
-            self.log)
+            self.new(), False, self.log)
         self.assertFalse(self.server.stalled.is_set())
 
     def test_no_request_is_waited_for_without_end(self) -> None:
@@ -313,8 +318,8 @@ class TestUpload(GlanceTestCase):
         service = glance.GlanceService(images.Destination(
             glance=proxy, image_id=IMAGE))
         self.assertRaises(
-            exception.ImageServiceUnreachable, service.publish, self.image,
-            self.description(), False, requests.no_progress, self.log)
+            exception.ImageServiceUnreachable, service.publish,
+            self.new(), False, self.log)
 
     def test_length_is_announced_before_it_is_sent(self) -> None:
         announced: list[tuple[int, int]] = []
@@ -323,8 +328,7 @@ class TestUpload(GlanceTestCase):
             glance=self.proxy(), image_id=IMAGE, retries=1,
             announce=lambda length: announced.append(
                 (length, self.uploads())))).publish(
-                    self.image, self.description(), False,
-                    requests.no_progress, self.log)
+                    self.new(), False, self.log)
         self.assertEqual([(len(CONTENT), 0), (len(CONTENT), 1)], announced)
 
     def test_bytes_of_others_are_not_taken_for_ours(self) -> None:
@@ -370,8 +374,8 @@ class TestUpload(GlanceTestCase):
             glance=proxy, image_id=IMAGE))
         self.patch_name('time.sleep', lambda seconds: None)
         self.assertRaises(
-            exception.ImageServiceUnreachable, service.publish, self.image,
-            self.description(), False, requests.no_progress, self.log)
+            exception.ImageServiceUnreachable, service.publish,
+            self.new(), False, self.log)
 
     def test_transfer_that_can_not_be_read_is_not_tried_again(self) -> None:
         opened = []
@@ -426,8 +430,7 @@ class TestCheck(GlanceTestCase):
     def test_image_that_was_made_is_asked_for(self) -> None:
         service = glance.GlanceService(
             images.Destination(glance=self.proxy()))
-        service.publish(self.image, self.description(), False,
-                        requests.no_progress, self.log)
+        service.publish(self.new(), False, self.log)
         service.check()
         self.server.images.clear()
         self.assertRaises(exception.ImageGone, service.check)
@@ -435,8 +438,8 @@ class TestCheck(GlanceTestCase):
     def test_own_deletion_is_no_news(self) -> None:
         self.server.short_by = 1
         self.assertRaises(
-            exception.ImageDiffers, self.service.publish, self.image,
-            self.description(), False, requests.no_progress, self.log)
+            exception.ImageDiffers, self.service.publish,
+            self.new(), False, self.log)
         self.assertEqual({}, self.server.images)
         self.service.check()
 

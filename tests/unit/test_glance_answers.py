@@ -25,7 +25,6 @@ import requests as http
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.images import base as images
 from nova_snapshot_ext.images import glance
-from nova_snapshot_ext import request as requests
 from tests import fake_glance
 from tests.unit import base
 from tests.unit import test_glance
@@ -107,23 +106,26 @@ class TestAnyAnswer(base.TestCase):
     @hypothesis.given(
         planned=strategies.lists(answers, min_size=1, max_size=6),
         image_id=strategies.sampled_from((test_glance.IMAGE, None)),
-        verify_hash=strategies.booleans())
+        verify_hash=strategies.booleans(),
+        disks=strategies.integers(1, 2))
     def test_image_is_whole_or_there_is_one_error(
             self, planned: list[tuple[int, bytes, str]],
-            image_id: str | None, verify_hash: bool) -> None:
+            image_id: str | None, verify_hash: bool, disks: int) -> None:
         proxy = AnyGlance(planned)
         began = self.now
         try:
             published = self.service(proxy, image_id).publish(
-                test_glance.Bytes(), images.Description(
-                    'snap', 'qcow2', 'bare', {'a': '1'},
-                    frozenset(['b'])),
-                verify_hash, requests.no_progress, self.log)
+                [images.NewImage(
+                    images.Description('snap', 'qcow2', 'bare', {'a': '1'},
+                                       frozenset(['b'])),
+                    contextlib.nullcontext(test_glance.Bytes()))] * disks,
+                verify_hash, self.log)
         except exception.ImageServiceError as error:
             self.assertTrue(str(error))
             self.assertLess(len(str(error)), 1000)
         else:
-            self.assertEqual(LENGTH, published.length)
+            self.assertEqual([LENGTH] * disks,
+                             [each.length for each in published])
         self.assertLess(self.now - began, 300)
         self.assertEqual(0, self.log.pending)
 

@@ -251,6 +251,19 @@ class TestResets(GuardTestCase):
         self.listen(1)
         self.assertEqual(2, self.opened)
 
+    def test_event_that_was_refused_is_asked_for_again(self) -> None:
+        register = self.connection.domainEventRegisterAny
+
+        def refuse(*arguments: object) -> None:
+            self.connection.domainEventRegisterAny = (  # type: ignore
+                register)
+            raise fakes.libvirt_error(libvirt.VIR_ERR_INTERNAL_ERROR)
+        self.connection.domainEventRegisterAny = refuse  # type: ignore
+        self.listen()
+        self.assertEqual(2, self.opened)
+        self.connection.reset()
+        self.assertIsNotNone(self.resets.at())
+
     def test_guest_without_an_agent_is_not_listened_to(self) -> None:
         self.domain.devices = ''
         self.listen()

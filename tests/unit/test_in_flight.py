@@ -118,6 +118,55 @@ class TestRecord(base.TestCase):
                              (adopted.snapshot, adopted.announced))
             adopted.close()
 
+    def test_images_of_further_disks_are_named(self) -> None:
+        record = self.begin()
+        record.begin_further('image-2')
+        record.begin_further('image-3')
+        record.announce(10)
+        record.end_further('image-2')
+        record.end_further('image-2')
+        record.close()
+        adopted = in_flight.Record.adopt(record.path)
+        assert adopted is not None
+        self.addCleanup(adopted.close)
+        self.assertEqual((['image-3'], [10]),
+                         (adopted.further, adopted.announced))
+        self.assertEqual((False, True), (record.adopted, adopted.adopted))
+
+    def fail_with(self, *further: str) -> tuple[
+            in_flight.Record, list[in_flight.Record], threading.Timer]:
+        """:returns: what failed, what was given to be settled, its timer"""
+        timers: list[threading.Timer] = []
+        self.patch_name('threading.Timer.start',
+                        lambda timer: timers.append(timer))
+        given: list[in_flight.Record] = []
+        record = in_flight.Record.begin(self.state, SNAPSHOT, given.append)
+        self.addCleanup(record.close)
+        for image_id in further:
+            record.begin_further(image_id)
+        error = exception.FreezeFailed('no socket')
+        record.__exit__(type(error), error, None)
+        return record, given, timers[0]
+
+    def test_what_nova_does_not_delete_is_given_to_be_settled(self) -> None:
+        record, given, timer = self.fail_with('image-2')
+        timer.function()
+        self.assertEqual([record], given)
+        self.assertEqual('no socket', record.failure)
+        # Until that is done it is on disk.
+        self.assertEqual([record.path], in_flight.left_in(self.state))
+
+    def test_what_is_gone_by_then_is_not(self) -> None:
+        record, given, timer = self.fail_with('image-2')
+        record.end_further('image-2')
+        timer.function()
+        self.assertEqual(([], []), (given, in_flight.left_in(self.state)))
+
+    def test_snapshot_that_went_well_leaves_none(self) -> None:
+        with self.begin() as record:
+            record.begin_further('image-2')
+        self.assertEqual([], in_flight.left_in(self.state))
+
     def test_it_is_flushed_before_it_counts(self) -> None:
         flushed: list[str] = []
         real = os.fsync
@@ -130,6 +179,21 @@ class TestRecord(base.TestCase):
         self.assertEqual([record.path, self.state], flushed)
         record.announce(1)
         self.assertEqual([record.path, self.state, record.path], flushed)
+        record.begin_further('image-2')
+        self.assertEqual(4, len(flushed))
+
+    def test_line_that_was_cut_off_spoils_no_later_one(self) -> None:
+        record = self.begin()
+        record.begin_further('image-2')
+        record.close()
+        with open(record.path, 'a') as file:
+            file.write('{"announced": 12')
+        for further in ['image-2'], []:
+            adopted = in_flight.Record.adopt(record.path)
+            assert adopted is not None
+            self.assertEqual(further, adopted.further)
+            adopted.end_further('image-2')
+            adopted.close()
 
     def test_that_of_a_living_process_is_not_adopted(self) -> None:
         record = self.begin()
@@ -166,7 +230,8 @@ class TestRecord(base.TestCase):
         path = os.path.join(self.state, f'a{in_flight.SUFFIX}')
         for content in (b'\xff\n', b'{\n', b'[]\n', b'3\n', b'{}\n',
                         b'{"in_flight": 2}\n',
-                        b'{"in_flight": 1, "more": 1}\n'):
+                        b'{"in_flight": 1, "more": 1}\n',
+                        b'{"in_flight": 1}\n3\n'):
             with open(path, 'wb') as file:
                 file.write(content)
             self.assertRaises(ValueError, in_flight.Record.adopt, path)

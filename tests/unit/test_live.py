@@ -125,6 +125,20 @@ class TestFreeze(LiveTestCase):
              'end serve'], self.steps())
         self.assertEqual(frozen.Consistency.FILESYSTEM, found.consistency)
 
+    def test_overlay_is_counted(self) -> None:
+        with self.flow.freeze(
+                self.guest, self.guest.disks(),
+                self.request(quiesce=self.quiesce), self.log) as found:
+            [directory] = os.listdir(self.staging)
+            path = os.path.join(self.staging, directory, 'vda')
+            with open(path, 'wb') as file:
+                file.write(b'x' * 65536)
+                file.flush()
+                os.fsync(file.fileno())
+            self.assertEqual(os.stat(path).st_blocks * 512,
+                             found.scratch_bytes())
+            self.assertNotEqual(0, found.scratch_bytes())
+
     def test_copy_that_is_waited_for_ends_with_the_snapshot(self) -> None:
         self.domain.copy_ready = False
         cancelled = cancellation.Cancellation()

@@ -65,6 +65,10 @@ def disks(draw: strategies.DrawFn) -> fake_libnbd.Disk:
     return disk
 
 
+def _bytes_of(reads: list[tuple[int, int]]) -> int:
+    return sum(length for _, length in reads)
+
+
 class MoverTestCase(base.TestCase):
 
     def move(self, disk: fake_libnbd.Disk, image_format: str,
@@ -101,14 +105,16 @@ class TestMove(MoverTestCase):
     def check_images(self, disk: fake_libnbd.Disk, in_flight: int) -> None:
         raw = self.move(disk, 'raw', in_flight=in_flight)
         self.assertEqual(disk.content, raw)
+        self.assertEqual([0, _bytes_of(disk.reads)],
+                         [words['read'] for words in self.said])
         image = self.move(disk, 'qcow2', in_flight=in_flight)
         parsed = independent.Parsed(io.BytesIO(image))
         self.assertEqual(
             disk.content,
             parsed.content()[:len(disk.content)])
         self.assertEqual(
-            [{'length': len(image)},
-             {'written': len(image),
+            [{'length': len(image), 'read': self.said[0]['read']},
+             {'written': len(image), 'read': self.said[1]['read'],
               'digest': hashlib.sha256(image).hexdigest()}], self.said)
         self.assertLessEqual(disk.most_in_flight, in_flight)
 
@@ -120,14 +126,23 @@ class TestMove(MoverTestCase):
         disk = fake_libnbd.Disk(b'x' * 2 * MIB, [(2 * MIB, 0)])
         self.move(disk, 'raw', digest=None)
         looked = {'looked': 0, 'of': 2 * MIB}
+        length = {'length': 2 * MIB, 'read': 0}
+        written = {'written': 2 * MIB, 'digest': None, 'read': 2 * MIB}
         self.assertEqual(
-            [looked, {'length': 2 * MIB},
-             {'written': 2 * MIB, 'digest': None}], self.said)
+            [looked, length, written], self.said)
         self.move(disk, 'raw', digest=None, tell=True)
         self.assertEqual(
-            [looked, {'length': 2 * MIB}, {'moved': MIB},
-             {'moved': 2 * MIB}, {'written': 2 * MIB, 'digest': None}],
+            [looked, length, {'moved': MIB}, {'moved': 2 * MIB}, written],
             self.said)
+
+    def test_holes_are_signs_of_life(self) -> None:
+        """To hash zeroes takes longer than a mover may give nothing."""
+        self.patch(mover, '_TELL_S', 0.0)
+        self.move(fake_libnbd.Disk(bytes(3 * MIB), [(3 * MIB, HOLE)]),
+                  'raw', digest=None, tell=True)
+        self.assertEqual(
+            [{'moved': (1 + done) * MIB} for done in range(3)],
+            [said for said in self.said if 'moved' in said])
 
     def test_holes_are_not_read(self) -> None:
         disk = fake_libnbd.Disk(
@@ -162,7 +177,7 @@ class TestMove(MoverTestCase):
             self.assertRaisesRegex(nbd.NbdError, 'Input/output error',
                                    self.move, disk, image_format)
             # Nothing that looks like the end.
-            self.assertEqual(['length'], [
+            self.assertEqual(['length', 'read'], [
                 word for words in self.said for word in words])
 
     def test_server_that_does_not_answer_with_extents(self) -> None:
@@ -214,7 +229,7 @@ class TestMove(MoverTestCase):
                 image = self.move(disk, image_format)
             except nbd.NbdError:
                 continue
-            self.assertEqual({'length': len(image)}, self.said[0])
+            self.assertEqual(len(image), self.said[0]['length'])
             self.assertEqual(len(image), self.said[-1]['written'])
             if image_format == 'raw':
                 self.assertEqual(size, len(image))
@@ -265,7 +280,8 @@ class TestMove(MoverTestCase):
 
     def test_digest_is_said_only_if_it_is_asked_for(self) -> None:
         self.move(fake_libnbd.Disk(b'', []), 'raw', digest=None)
-        self.assertEqual({'written': 0, 'digest': None}, self.said[-1])
+        self.assertEqual({'written': 0, 'digest': None, 'read': 0},
+                         self.said[-1])
 
     def test_disk_too_large_for_qcow2_takes_no_memory(self) -> None:
         class Huge(bytes):
@@ -289,7 +305,11 @@ class TestStoredZeroes(MoverTestCase):
         self.assertEqual(content, self.move(disk, 'raw'))
         disk.reads.clear()
         self.move(disk, 'qcow2')
-        read = sum(length for _, length in disk.reads)
+        read = _bytes_of(disk.reads)
+        self.assertEqual(read, self.said[-1]['read'])
+        # To lay the image out, zeroes were looked for.
+        self.assertEqual(read - 65536 * len(parsed.where),
+                         self.said[0]['read'])
         return sorted(parsed.where), read - 65536 * len(parsed.where)
 
     def test_long_stretches_take_no_room_in_the_image(self) -> None:

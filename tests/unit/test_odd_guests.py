@@ -117,21 +117,24 @@ class TestOddDisks(test_cmd_snapshot.CommandTestCase):
         self.taken.clear()
         flow = data.draw(strategies.sampled_from(
             ('backup', 'live', 'cold', None)))
-        code = self.create(*([] if flow is None else ['--flow', flow]))
+        code = self.create(
+            '--disks', data.draw(strategies.sampled_from(('root', 'all'))),
+            *([] if flow is None else ['--flow', flow]))
         if code:
             self.assertEqual((cmd.REFUSED, []), (code, self.taken))
             self.assertRegex(self.err.getvalue(), r'\Anova-snapshot: .+\n\Z')
         else:
-            self.assert_sane(found)
+            [taken] = self.taken
+            for planned in taken[2].disks:
+                self.assert_sane(planned.disk, found)
         code = self.run_command('flows', 'instance-00000001')
         self.assertIn(code, (0, cmd.REFUSED))
         for directory in (self.staging, self.state, self.target):
             self.assertEqual([], os.listdir(directory))
         self.assertEqual([], self.journal)
 
-    def assert_sane(self, found: list[ElementTree.Element]) -> None:
-        [taken] = self.taken
-        disk = taken[2].disk
+    def assert_sane(self, disk: disks.Disk,
+                    found: list[ElementTree.Element]) -> None:
         self.assertIn(disk.kind, ('file', 'block'))
         self.assertIn(disk.format, ('raw', 'qcow2'))
         self.assertEqual('disk', disk.device)

@@ -121,3 +121,25 @@ class TestLine(ProgressTestCase):
         self.now += 60
         self.assertEqual('600 of 1000 MiB sent, 0.0 MiB/s, nothing moves',
                          self.meter.line())
+
+
+class TestTogether(ProgressTestCase):
+
+    def test_all_bytes_count(self) -> None:
+        together = progress.Together(
+            lambda *told: self.told.append(told), [100, 50])
+        first, second = together.part(0), together.part(1)
+        first(0, 80)
+        first(80, 80)
+        second(10, 20)
+        second(20, 20)
+        self.assertEqual([(0, 130), (80, 130), (90, 100), (100, 100)],
+                         self.told)
+
+    def test_one_that_begins_again(self) -> None:
+        together = progress.Together(
+            lambda *told: self.told.append(told), [10, 10])
+        together.part(1)(10, 10)
+        together.part(0)(5, 10)
+        together.part(0)(0, 10)
+        self.assertEqual([(10, 20), (15, 20), (10, 20)], self.told)

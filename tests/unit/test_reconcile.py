@@ -23,6 +23,7 @@ from nova import exception as nova_exception
 from nova import objects
 from oslo_config import cfg
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import conf
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import in_flight
@@ -58,6 +59,15 @@ class ReconcileTestCase(base.TestCase):
         self.patch_name('nova_snapshot_ext.images.dead.settle', self.settle)
         self.patch_name('nova_snapshot_ext.reconcile.glance',
                         lambda: 'proxy')
+        self.whole = False
+        self.patch_name('nova_snapshot_ext.images.dead.is_whole',
+                        lambda proxy, snapshot, announced: self.whole)
+        self.further: list[tuple[str, bool, bool]] = []
+        self.further_errors: list[Exception] = []
+        self.patch_name('nova_snapshot_ext.images.dead.settle_further',
+                        self.settle_further)
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: None)
         self.now = 0.0
         self.patch_name('time.monotonic', lambda: self.now)
         self.waits: list[float] = []
@@ -87,12 +97,23 @@ class ReconcileTestCase(base.TestCase):
             raise answer
         return answer
 
+    def settle_further(
+            self, proxy: object, snapshot: in_flight.Snapshot,
+            image_id: str, whole: bool, failed: bool) -> str:
+        if self.further_errors:
+            raise self.further_errors.pop(0)
+        self.further.append((image_id, whole, failed))
+        return f'{image_id} is settled'
+
     def leave(self, task_state: str | None = None, *lengths: int,
-              failure: str | None = None) -> in_flight.Record:
+              failure: str | None = None,
+              further: tuple[str, ...] = ()) -> in_flight.Record:
         record = in_flight.Record.begin(self.state, in_flight.Snapshot(
             'image-1', fakes.UUID, 'project', 'user', 'req-1', task_state))
         for length in lengths:
             record.announce(length)
+        for image_id in further:
+            record.begin_further(image_id)
         if failure is not None:
             error = exception.SnapshotError(failure)
             with fixtures.MonkeyPatch('threading.Timer.start',
@@ -263,6 +284,101 @@ class TestImage(ReconcileTestCase):
         self.assertIn(f'{path} says which snapshot', self.output.output)
 
 
+class TestFurther(ReconcileTestCase):
+    """Images of further disks: as that of the root disk goes, so do they."""
+
+    def test_they_are_settled_after_it(self) -> None:
+        for whole in (False, True):
+            self.whole = whole
+            self.further.clear()
+            self.leave('image_snapshot', 10, further=('image-2', 'image-3'))
+            self.after_death(self.instance)
+            self.assertEqual([('image-2', whole, False),
+                              ('image-3', whole, False)], self.further)
+            self.assertIn('image-1 is deleted; image-2 is settled; image-3 '
+                          'is settled', self.told[-1])
+            self.assertEqual([], os.listdir(self.state))
+
+    def test_they_wait_for_a_clear_answer_about_it(self) -> None:
+        self.answers = [exception.ImageServiceError('saving'), 'is active']
+        self.patch_name('time.sleep', lambda seconds: self.assertEqual(
+            [], self.further))
+        self.leave(further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, False)], self.further)
+
+    def test_they_do_not_wait_for_one_that_is_gone(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        self.patch_name('time.sleep', self.wait_once)
+        self.leave(further=('image-2',))
+        self.after_death()
+
+    def wait_once(self, seconds: float) -> None:
+        self.assertEqual([('image-2', False, False)], self.further)
+        self.wait(24 * 3600)
+
+    def test_they_go_with_one_that_nova_deleted(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        self.leave(failure='no socket', further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, True)], self.further)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_each_is_settled_once(self) -> None:
+        self.further_errors = [exception.ImageRefused('403')]
+        self.leave(failure='no socket', further=('image-2', 'image-3'))
+        self.after_death()
+        self.assertEqual(['image-2', 'image-3'],
+                         [image_id for image_id, *_ in self.further])
+        self.assertEqual([5.0], self.waits)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_one_that_is_not_shown_is_gone_if_the_root_disks_is_shown(
+            self) -> None:
+        self.further_errors = [exception.ImageGone('404')]
+        self.leave(further=('image-2', 'image-3'))
+        self.after_death()
+        self.assertIn('image-1 is deleted; image image-2 is gone; image-3 '
+                      'is settled', self.told[-1])
+        self.assertEqual([], self.waits)
+
+    def test_one_that_is_not_shown_either_is_asked_for_again(self) -> None:
+        # Until an operator gives the rights.
+        self.answers = [exception.ImageGone('404')] * 2 + ['is deleted']
+        self.further_errors = [exception.ImageGone('404')] * 2
+        self.leave(further=('image-2',))
+        self.after_death()
+        self.assertEqual([('image-2', False, False)], self.further)
+        self.assertEqual([5.0, 10.0], self.waits)
+        self.assertEqual([], os.listdir(self.state))
+
+    def test_one_that_is_never_shown_is_named(self) -> None:
+        for failure in ('no socket', None):
+            self.now = 0.0
+            self.answers = [exception.ImageGone('404')]
+            self.further_errors = [exception.ImageGone('404')] * 999
+            self.leave(failure=failure, further=('image-2',))
+            self.after_death()
+            self.assertEqual([], os.listdir(self.state))
+            self.assertEqual(1 if failure else 2, self.output.output.count(
+                'image image-2 is gone, or is not shown to [service_user]'))
+
+    def test_what_a_living_process_left_is_settled_too(self) -> None:
+        self.answers = [exception.ImageGone('404')]
+        record = in_flight.Record.begin(self.state, in_flight.Snapshot(
+            'image-1', fakes.UUID, 'project', 'user', 'req-1', None),
+            reconcile.settle_later)
+        record.begin_further('image-2')
+        with fixtures.MonkeyPatch('threading.Timer.start',
+                                  lambda timer: timer.function()):
+            error = exception.SnapshotError('no socket')
+            record.__exit__(type(error), error, None)
+        self.assertEqual([('image-2', False, True)], self.further)
+        self.assertIn('no socket; image-2 is settled', self.output.output)
+        self.assertNotIn('died', self.output.output)
+        self.assertEqual([], os.listdir(self.state))
+
+
 class TestEvents(ReconcileTestCase):
 
     def test_request_says_how_its_snapshot_ended(self) -> None:
@@ -275,6 +391,31 @@ class TestEvents(ReconcileTestCase):
                 ('req-1', 'project', 'user', True),
                 (context.request_id, context.project_id, context.user_id,
                  context.is_admin))
+
+    def test_line_and_notification_say_so_once(self) -> None:
+        sent: list[tuple[nova_context.RequestContext, accounts.Account]] = []
+        self.patch_name('nova_snapshot_ext.notification.send',
+                        lambda *what: sent.append(what))
+        self.answers = [exception.ImageRefused('503'), 'is deleted']
+        self.leave()
+        self.after_death()
+        [line] = [line for line in self.output.output.splitlines()
+                  if 'Snapshot ended: ' in line]
+        values = accounts.parsed(line)
+        self.assertEqual(
+            ('failed', fakes.UUID, 'image-1', 'req-1', 'ComputeDied',
+             'nova-compute died while the snapshot was taken', '-'),
+            tuple(values[name] for name in (
+                'outcome', 'instance', 'image', 'request', 'error',
+                'reason', 'total_s')))
+        [(context, account)] = sent
+        self.assertEqual('req-1', context.request_id)
+        self.assertEqual(line, account.line())
+
+    def test_snapshot_that_had_failed_has_had_its_line(self) -> None:
+        self.leave('image_snapshot', failure='no socket')
+        self.after_death(self.instance)
+        self.assertNotIn('Snapshot ended: ', self.output.output)
 
     def test_it_is_said_before_glance_answers(self) -> None:
         self.answers = [exception.ImageRefused('503'), 'is deleted']
@@ -302,10 +443,10 @@ class TestCredentials(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.asked: list[dict[str, typing.Any]] = []
+        self.asked: list[typing.Any] = []
         self.patch_name(
-            'nova.utils.get_sdk_adapter', lambda service, **more: (
-                self.asked.append(more),
+            'nova_snapshot_ext.nova_compat.image_proxy', lambda auth: (
+                self.asked.append(auth),
                 type('Proxy', (), {'endpoint_override': None})())[1])
 
     def configure(self, text: str) -> None:
@@ -321,7 +462,7 @@ class TestCredentials(base.TestCase):
             'username = {}\npassword = secret\nproject_name = service\n')
 
     def user(self) -> object:
-        return self.asked[-1]['ksa_auth']._username
+        return self.asked[-1]._username
 
     def test_those_of_service_user_serve(self) -> None:
         self.configure('[service_user]\n' + self.AUTH.format('nova'))

@@ -18,12 +18,14 @@ import typing
 
 import fixtures
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import cancellation as cancellations
 from nova_snapshot_ext import exception
 from nova_snapshot_ext.flows import base as flows
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import image_bytes
 from nova_snapshot_ext.images import base as images
+from nova_snapshot_ext import own_disks
 from nova_snapshot_ext import progress
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import selection
@@ -58,6 +60,7 @@ class DemoFlow(flows.Flow):
         self.bytes = 0
         self.by_guest = True
         self.properties: dict[str, str] = {}
+        self.scratch: int | Exception = 777
 
     def obstacle(self, guest: object, disks: object,
                  request: object) -> str | None:
@@ -85,8 +88,15 @@ class DemoFlow(flows.Flow):
                 frozen.Consistency.FILESYSTEM, pause,
                 why_lost=lambda: self.lost, by_guest=self.by_guest,
                 properties=self.properties,
+                scratch_bytes=self.held,
                 keep=lambda location: journal.append(f'keep {location}'))
         journal.append(f'released {self.name}')
+
+    def held(self) -> int:
+        journal.append('scratch')
+        if isinstance(self.scratch, Exception):
+            raise self.scratch
+        return self.scratch
 
 
 class DemoBytes(image_bytes.ImageBytes):
@@ -122,7 +132,7 @@ class DemoTransfer(transfers.Transfer):
             log: undo.UndoLog,
     ) -> collections.abc.Iterator[image_bytes.ImageBytes]:
         journal.append(f'transfer {disk.target}')
-        path = os.path.join(request.staging_directory, 'image')
+        path = os.path.join(request.staging_directory, disk.target)
         with log.scope():
             log.push(remove_image, path=path)
             with open(path, 'wb') as file:
@@ -149,34 +159,43 @@ class DemoService(images.ImageService):
         #: called when bytes are sent: before the first, and after the last
         self.sending: collections.abc.Callable[[], object] = lambda: None
         self.gone = False
+        #: how often bytes were sent
+        self.sent = 0
 
     def check(self) -> None:
         if self.gone:
             raise exception.ImageGone('deleted by a tenant')
 
-    def prepare(self, description: images.Description,
-                most_bytes: int) -> None:
-        assert most_bytes == 12345
+    def prepare(
+            self, descriptions: collections.abc.Sequence[images.Description],
+            most_bytes: int) -> None:
+        assert most_bytes == 12345 * len(descriptions)
         if self.refusal is not None:
             raise self.refusal
 
     def publish(
-            self, image: image_bytes.ImageBytes,
-            description: images.Description,
-            verify_hash: bool, progress: requests.Progress,
-            log: undo.UndoLog) -> images.Published:
+            self, new: collections.abc.Sequence[images.NewImage],
+            verify_hash: bool, log: undo.UndoLog) -> list[images.Published]:
+        return [self.publish_one(each, verify_hash) for each in new]
+
+    def publish_one(self, new: images.NewImage,
+                    verify_hash: bool) -> images.Published:
         journal.append('publish')
-        self.descriptions.append(description)
+        self.descriptions.append(new.description)
         self.verified.append(verify_hash)
         if self.error is not None:
             raise self.error
-        progress(0, 5)
-        self.sending()
-        with image.open() as file:
-            content = file.read()
-        progress(5, 5)
+        with new.made as image:
+            new.progress(0, 5)
+            self.sending()
+            with image.open() as file:
+                content = file.read()
+            new.progress(5, 5)
         assert content == b'image', content
-        return images.Published('somewhere', len(content))
+        self.sent += 1
+        return images.Published(
+            'somewhere' + new.description.name.removeprefix('snap'),
+            len(content))
 
 
 class FakeGuard:
@@ -204,31 +223,56 @@ class SnapshotTestCase(base.TestCase):
         self.service = DemoService()
         self.transfer = DemoTransfer()
         self.cancellation = cancellations.Cancellation()
+        self.account = accounts.Account()
 
 
-class TestTake(SnapshotTestCase):
+class TakeTestCase(SnapshotTestCase):
+
+    disks = requests.Disks.ROOT
+    group = ''
+    name = 'snap'
+
+    def progress(self, done: int, total: int) -> None:
+        """What whoever asked is told."""
 
     def take(self, *candidates: DemoFlow, on_scratch_full: str = 'fail',
              **changes: typing.Any) -> snapshot.Result:
         planned = snapshot.Plan(
-            self.guest.root_disk(), 4096,
+            tuple(snapshot.PlannedDisk(each.disk, each.kind, 4096, 12345)
+                  for each in own_disks.chosen(self.guest, self.disks)),
             [selection.Candidate(flow.name, flow)
              for flow in candidates or (DemoFlow(),)],
-            [snapshot.ChosenTransfer('demo-transfer', self.transfer)], 12345)
+            [snapshot.ChosenTransfer('demo-transfer', self.transfer)])
         return snapshot.take(
             self.guest, self.host, planned,
             self.request(on_scratch_full=on_scratch_full,
-                         cancellation=self.cancellation), self.service,
-            images.Description('snap', 'raw', 'bare', {'mine': '1'}),
+                         account=self.account,
+                         cancellation=self.cancellation, disks=self.disks,
+                         progress=self.progress, group=self.group),
+            self.service,
+            images.Description(self.name, 'raw', 'bare', {'mine': '1'},
+                               further={'of_server': '7'}),
             **changes)
+
+    def values(self, *names: str) -> tuple[accounts.Value, ...]:
+        values = self.account.values()
+        return tuple(values[name] for name in names)
 
     def logs(self) -> list[str]:
         return os.listdir(self.state)
 
+    def assertNothingIsLeft(self) -> None:
+        self.assertEqual([], self.logs())
+        self.assertEqual([], os.listdir(self.staging))
+        self.assertIn('undo demo', journal)
+
+
+class TestTake(TakeTestCase):
+
     def test_recipe(self) -> None:
         result = self.take(before_upload=lambda: journal.append('upload'))
         self.assertEqual(
-            ['guard', 'freeze demo', 'transfer vda', 'undo demo',
+            ['guard', 'freeze demo', 'transfer vda', 'scratch', 'undo demo',
              'released demo', 'upload', 'publish', 'remove image',
              'keep somewhere',
              'guard ends'], journal)
@@ -394,19 +438,40 @@ class TestTake(SnapshotTestCase):
         self.assertRaises(exception.GuestBusy, self.take)
         self.assertEqual([], journal.of('freeze'))
 
-    def test_one_line_says_what_was_done(self) -> None:
+    def test_what_was_done_is_put_down(self) -> None:
         self.take()
-        [line] = [line for line in self.output.output.splitlines()
-                  if line.startswith('Snapshot of')]
-        for word in ('instance-00000001', 'flow demo',
-                     'transfer demo-transfer', 'consistency filesystem',
-                     'guest paused', '5 bytes', 'somewhere'):
-            self.assertIn(word, line)
+        self.assertEqual(
+            ('ok', 'demo', 'demo-transfer', 'filesystem', 'somewhere', 5, 5,
+             5, 777),
+            self.values('outcome', 'flow', 'transfer', 'consistency',
+                        'image', 'image_bytes', 'sent_bytes',
+                        'staged_bytes', 'scratch_bytes'))
+        for name in ('freeze_s', 'transfer_s', 'publish_s', 'release_s',
+                     'guest_pause_ms'):
+            self.assertNotEqual((None,), self.values(name), name)
 
-    def assertNothingIsLeft(self) -> None:
-        self.assertEqual([], self.logs())
-        self.assertEqual([], os.listdir(self.staging))
-        self.assertIn('undo demo', journal)
+    def test_what_was_done_is_put_down_whatever_fails(self) -> None:
+        self.transfer.tells = 400
+        self.service.error = exception.ImageRefused('413')
+        self.assertRaises(exception.ImageRefused, self.take)
+        self.assertEqual(
+            ('demo', 'demo-transfer', 5, None, 777),
+            self.values('flow', 'transfer', 'staged_bytes', 'sent_bytes',
+                        'scratch_bytes'))
+        self.account = accounts.Account()
+        self.assertRaises(exception.FreezeFailed, self.take, DemoFlow(
+            'one', exception.FreezeFailed('no socket')))
+        self.assertEqual(
+            ('one', None, None, None),
+            self.values('flow', 'transfer', 'consistency', 'scratch_bytes'))
+
+    def test_scratch_is_looked_at_while_the_disk_is_frozen(self) -> None:
+        flow = DemoFlow()
+        self.take(flow)
+        self.assertLess(journal.index('scratch'),
+                        journal.index('released demo'))
+        flow.scratch = OSError('gone')
+        self.take(flow)
 
     # Progress
 
@@ -630,6 +695,140 @@ class TestTake(SnapshotTestCase):
         self.assertNotIn('freeze live', journal)
 
 
+class TestSeveralDisks(TakeTestCase):
+
+    disks = requests.Disks.ALL
+
+    def setUp(self) -> None:
+        super().setUp()
+        for target in ('vdb', 'vdc'):
+            self.domain.disks += fakes.disk_xml(
+                self.new_file(target, b'\0' * 4096), target=target)
+
+    def test_each_is_an_image_and_that_of_the_root_disk_comes_last(
+            self) -> None:
+        result = self.take()
+        self.assertEqual(
+            ['freeze demo', 'transfer vdb', 'transfer vdc', 'transfer vda',
+             'undo demo', 'publish', 'publish', 'publish',
+             'keep somewhere'],
+            journal.of('freeze', 'transfer', 'undo', 'publish', 'keep'))
+        self.assertEqual(['snap-vdb', 'snap-vdc', 'snap'], [
+            each.name for each in self.service.descriptions])
+        self.assertEqual(
+            (('vda', 'root', 'somewhere'),
+             ('vdb', 'data', 'somewhere-vdb'),
+             ('vdc', 'data', 'somewhere-vdc')),
+            tuple((each.device, each.kind, each.location)
+                  for each in result.images))
+        self.assertEqual((15, 'somewhere'), (result.length, result.location))
+        self.assertNothingIsLeft()
+
+    def test_one_disk_at_a_time_is_read(self) -> None:
+        self.transfer.independent = False
+        self.take()
+        self.assertEqual(
+            ['transfer vdb', 'publish',
+             'publish', 'transfer vdc', 'remove image',
+             'publish', 'transfer vda', 'remove image',
+             'remove image', 'undo demo'],
+            journal.of('transfer', 'publish', 'remove', 'undo'))
+        self.assertNothingIsLeft()
+
+    def test_properties_say_what_belongs_together(self) -> None:
+        flow = DemoFlow()
+        flow.properties = {'rollback': 'memory'}
+        self.group = 'the-group'
+        self.take(flow)
+        common = {
+            'snapshot_ext_group': 'the-group', 'snapshot_ext_disks': '3',
+            'snapshot_ext_flow': 'demo', 'snapshot_ext_size': '4096',
+            'snapshot_ext_transfer': 'demo-transfer',
+            'snapshot_ext_consistency': 'filesystem'}
+        for description in self.service.descriptions:
+            description.properties.pop('snapshot_ext_guest_pause_ms')
+        vdb, _, root = (
+            each.properties for each in self.service.descriptions)
+        self.assertEqual(
+            {**common, 'of_server': '7', 'snapshot_ext_device': 'vdb',
+             'snapshot_ext_kind': 'data'}, vdb)
+        self.assertEqual(
+            {**common, 'mine': '1', 'snapshot_ext_device': 'vda',
+             'snapshot_ext_kind': 'root', 'snapshot_ext_rollback': 'memory'},
+            root)
+
+    def test_each_snapshot_has_an_id_of_its_own(self) -> None:
+        self.take()
+        self.take()
+        groups = [each.properties['snapshot_ext_group']
+                  for each in self.service.descriptions]
+        self.assertEqual(2, len(set(groups)))
+        self.assertEqual(1, len(set(groups[:3])))
+
+    def test_root_disk_alone_has_no_group(self) -> None:
+        self.disks = requests.Disks.ROOT
+        self.take()
+        [description] = self.service.descriptions
+        self.assertNotIn('snapshot_ext_group', description.properties)
+
+    def test_long_name_ends_in_the_device(self) -> None:
+        self.name = 'snap' * 63 + 'xyz'
+        self.take()
+        self.assertEqual(
+            [255, 255, 255],
+            [len(each.name) for each in self.service.descriptions])
+        self.assertTrue(self.service.descriptions[0].name.endswith('-vdb'))
+
+    def test_progress_counts_the_bytes_of_all(self) -> None:
+        for independent in (True, False):
+            self.transfer.independent = independent
+            told: list[tuple[int, int]] = []
+            self.progress = (   # type: ignore[method-assign]
+                lambda *each: told.append(each))
+            reports: list[int] = []
+            self.service.sending = lambda: reports.append(told[-1][0])
+            self.take()
+            self.assertEqual([0, 5, 10], reports)
+            # What is not known yet is the most that it may be.
+            self.assertIn((0, 5 + 2 * 12345), told)
+            self.assertEqual((15, 15), told[-1])
+
+    def test_account_is_of_all(self) -> None:
+        result = self.take()
+        self.assertEqual(
+            (3, 15, 15, 15, 'somewhere'),
+            self.values('disks', 'image_bytes', 'sent_bytes', 'staged_bytes',
+                        'image'))
+        self.assertEqual(
+            ['somewhere', 'somewhere-vdb', 'somewhere-vdc'],
+            [image.location for image in result.images])
+
+    def test_nothing_is_left_when_one_of_them_fails(self) -> None:
+        for independent in (True, False):
+            for number in range(3):
+                journal.clear()
+                self.service.sent = 0
+                self.transfer.independent = independent
+
+                def send(number: int = number) -> None:
+                    if self.service.sent == number:
+                        raise exception.ImageRefused('413')
+                self.service.sending = send
+                self.assertRaisesRegex(
+                    exception.ImageRefused, '413', self.take)
+                self.assertNothingIsLeft()
+                self.assertEqual([], journal.of('keep'))
+
+    def test_end_before_its_time_ends_all(self) -> None:
+        def send() -> None:
+            if self.service.sent == 1:
+                self.cancellation.cancel(exception.ImageGone('by a tenant'))
+        self.service.sending = send
+        self.assertRaisesRegex(exception.ImageGone, 'by a tenant', self.take)
+        self.assertEqual(1, self.service.sent)
+        self.assertNothingIsLeft()
+
+
 class TestPlan(SnapshotTestCase):
 
     def setUp(self) -> None:
@@ -705,6 +904,45 @@ class TestPlan(SnapshotTestCase):
             self.path, inside="<encryption format='luks'/>")
         self.assertRaisesRegex(
             exception.UnsafeDisk, 'vda is encrypted', self.plan)
+
+    def add_disk(self, inside: str = '') -> None:
+        self.domain.disks += fakes.disk_xml(
+            self.new_file('other', b'\0' * 4096), target='vdb',
+            inside=inside)
+
+    def test_root_disk_alone_is_the_default(self) -> None:
+        self.add_disk()
+        self.assertEqual(1, len(self.plan().disks))
+
+    def test_all_disks_are_asked_for_their_obstacles(self) -> None:
+        self.add_disk()
+        asked: list[list[str]] = []
+        self.patch_name(
+            'tests.unit.test_snapshot.DemoFlow.obstacle',
+            lambda flow, guest, disks, request: asked.append(
+                [disk.target for disk in disks]))
+        planned = self.plan(disks=requests.Disks.ALL)
+        self.assertEqual([['vda', 'vdb']] * 2, asked)
+        self.assertEqual(['vda', 'vdb'], [
+            each.disk.target for each in planned.disks])
+
+    def test_encrypted_disk_beside_is_refused(self) -> None:
+        self.add_disk("<encryption format='luks'/>")
+        self.assertRaisesRegex(
+            exception.UnsafeDisk, 'vdb is encrypted', self.plan,
+            disks=requests.Disks.ALL)
+        self.plan()
+
+    def test_room_is_needed_for_all_disks(self) -> None:
+        self.add_disk()
+        self.transfer.needs = 600
+        self.flows['one'].bytes = self.flows['two'].bytes = 500
+        self.patch_name('nova_snapshot_ext.workspace.free_bytes',
+                        lambda path: 2199)
+        self.assertRaisesRegex(
+            exception.NotEnoughRoom, 'this snapshot may need 2200',
+            self.plan, disks=requests.Disks.ALL)
+        self.plan()
 
     def test_disk_is_checked_before_the_guest_is_touched(self) -> None:
         self.domain.disks = fakes.disk_xml(self.path, 'qcow2')

@@ -17,6 +17,7 @@ import threading
 import time
 import typing
 
+from nova_snapshot_ext import account as accounts
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import frozen
 from nova_snapshot_ext import image_bytes
@@ -33,7 +34,7 @@ with open({path!r}, 'rb') as file: image = file.read()
 with open({path!r} + '.log', 'a') as log: print(*arguments, file=log)
 def say(**words): print(json.dumps(words), file=sys.stderr, flush=True)
 say(looked=1, of=4)
-say(length=len(image))
+say(length=len(image), read=3)
 name = None
 for line in sys.stdin:
     told = json.loads(line)
@@ -45,7 +46,7 @@ else:
 sys.stdout.buffer.write(image)
 sys.stdout.buffer.flush()
 say(written=len(image),
-    digest=hashlib.new(name, image).hexdigest() if name else None)
+    digest=hashlib.new(name, image).hexdigest() if name else None, read=10)
 """
 
 
@@ -158,6 +159,17 @@ class TestStreamed(base.TestCase):
         with self.image(progress=lambda *each: told.append(each)) as image:
             image.open().read()
         self.assertEqual([(1, 4)], told)
+
+    def test_what_is_read_of_the_disk_is_put_down(self) -> None:
+        account = accounts.Account()
+        with self.image(account=account) as image:
+            image.open().read()
+            self.assertEqual(10, account.read_bytes)
+            # One that is cut off has told what it took to lay it out.
+            image.open().read(1)
+            self.assertEqual(13, account.read_bytes)
+            image.digest('sha256')
+        self.assertEqual(23, account.read_bytes)
 
     def test_disk_is_laid_out_before_anybody_asks(self) -> None:
         with self.image():

@@ -22,6 +22,7 @@ from small_cloud import clients
 from small_cloud import compute_conf
 from small_cloud import errors
 from small_cloud import lifecycle
+from small_cloud import release
 from small_cloud import services
 from small_cloud import state as cloud_state
 
@@ -30,7 +31,7 @@ Command = Callable[[cloud_state.State, argparse.Namespace], int]
 
 def _up(state: cloud_state.State, args: argparse.Namespace) -> int:
     with state.lock():
-        lifecycle.up(state, driver=args.driver)
+        lifecycle.up(state, driver=args.driver, nova=args.nova)
     return 0 if lifecycle.status(state) else 1
 
 
@@ -156,6 +157,13 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
 
     command = add('up', _up, 'install, configure and start what is missing')
     add_driver(command)
+    command.add_argument(
+        '--nova',
+        type=int,
+        choices=release.every(),
+        help='the release of Nova, and of all beside it, that a new cloud is '
+        f'made of (without: {release.DEFAULT})',
+    )
     command = add('down', _down, 'end everything, guests included')
     command.add_argument(
         '--purge', action='store_true', help='delete the state directory, too'

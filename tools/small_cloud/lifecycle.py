@@ -33,6 +33,7 @@ from small_cloud import openstack_conf
 from small_cloud import packages
 from small_cloud import processes
 from small_cloud import qemu_conf
+from small_cloud import release
 from small_cloud import secrets
 from small_cloud import services
 from small_cloud import state as cloud_state
@@ -68,10 +69,13 @@ class Progress:
         print(f'{time.monotonic() - self.begun:6.1f} s  {what}', flush=True)
 
 
-def up(state: cloud_state.State, *, driver: str | None) -> None:
+def up(
+    state: cloud_state.State, *, driver: str | None, nova: int | None = None
+) -> None:
     """Install, configure, start; whatever is there already is left alone."""
     progress = Progress()
     state.create()
+    release.choose(state, nova)
     compute_conf.choose_driver(state, driver)
     if packages.install_debian():
         progress.done('Debian packages')
@@ -117,7 +121,8 @@ def up(state: cloud_state.State, *, driver: str | None) -> None:
         databases.nova_manage(state, 'cell_v2', 'discover_hosts')
         state.mark_done('host')
     progress.done(
-        f'nova-compute with the driver "{compute_conf.driver(state)}"'
+        f'nova-compute {release.of(state)} with the driver '
+        f'"{compute_conf.driver(state)}"'
     )
     progress.total('in all')
 
@@ -318,6 +323,7 @@ def status(state: cloud_state.State) -> bool:
             age_s = time.time() - known.started_at
             text = f'pid {known.pid}, up for {age_s:.0f} s'
         print(f'{name:16}{text}')
+    print(f'{"nova":16}{release.of(state)}')
     print(f'{"driver":16}{compute_conf.driver(state)}')
     if running := guests.names(state, running=True):
         print(f'{"guests":16}{" ".join(running)}')

@@ -21,6 +21,7 @@ import subprocess
 
 from small_cloud import errors
 from small_cloud import processes
+from small_cloud import release
 from small_cloud import state as cloud_state
 
 PYTHON = '/usr/bin/python3'
@@ -157,7 +158,7 @@ def make_venv(state: cloud_state.State) -> bool:
 
     :returns: True if there was something to do.
     """
-    wanted = HERE / 'requirements.txt', HERE / 'constraints.txt'
+    wanted = HERE / 'requirements.txt', release.constraints(state)
     digest = _digest(*wanted)
     if state.is_done('venv', digest):
         return False

@@ -149,6 +149,11 @@ class State:
         marker = self.root / 'done' / step
         return marker.exists() and marker.read_text() == version
 
+    def is_made(self) -> bool:
+        """Whether it holds more than files that are written anew."""
+        done = self.root / 'done'
+        return done.exists() and any(done.iterdir())
+
     def mark_done(self, step: str, version: str = '') -> None:
         """Remember that a step which is needed once has been taken."""
         self.write(self.root / 'done' / step, version)
