@@ -13,17 +13,18 @@
 """Faults at steps of domain snapshots: taken, gone back to, deleted.
 
 Usage: python -m tests.faults.rollbacks [--seed N] [--minutes M] [--way TEXT]
-       [--fault TEXT]
+       [--fault TEXT] [--results FILE]
 
 Whatever dies, the guest is at one of the two instants, and what is left of
-its snapshots is whole. Printed is what came of each fault, and nothing is
-written.
+its snapshots is whole. Printed is what came of each fault; a file gets it
+beside what the other harness found.
 """
 
 import argparse
 import collections
 import dataclasses
 import json
+import pathlib
 import random
 import sys
 import time
@@ -36,6 +37,7 @@ from tests.faults import command
 from tests.faults import faults
 from tests.faults import harness
 from tests.faults import plan
+from tests.faults import results
 from tests.functional import guests
 from tests.functional import images
 
@@ -67,7 +69,8 @@ class Way:
     @property
     def scenario(self) -> plan.Scenario:
         return plan.Scenario('domain', 'streamed',
-                             'raw' if self.external else 'qcow2')
+                             'raw' if self.external else 'qcow2',
+                             action=str(self))
 
 
 WAYS = tuple(Way(action, external, memory)
@@ -141,6 +144,10 @@ class Trial(harness.Trial):
         :returns: what came of it, None if the step was not reached
         :raises AssertionError: if something does not hold
         """
+        #: how it ended, by whom and in how many seconds it was undone, and
+        #: whether what does not hold is the guest's harm
+        self.ended, self.by, self.seconds = 'unknown', 'itself', 0.0
+        self.is_harm = False
         self.moment = moment
         self._prepare()
         self.subject.guest.wait_writes_on()
@@ -151,15 +158,32 @@ class Trial(harness.Trial):
         fault.inject(self)
         self._let_end(fault)
         ended = time.monotonic()
-        by = self._wait_done()
-        seconds = time.monotonic() - ended
+        self.ended = harness._word(self.command.code)
+        self.by = self._wait_done()
+        self.seconds = round(time.monotonic() - ended, 2)
         if self._wrong:
             raise AssertionError(self._wrong)
+        self.is_harm = True
         state = self._check_guest(fault)
+        self.is_harm = False
         left = self._check_snapshots()
         self._end()
-        return (f'{harness._word(self.command.code)}, {state}, {left}, '
-                f'by {by} in {seconds:.1f} s')
+        return (f'{self.ended}, {state}, {left}, '
+                f'by {self.by} in {self.seconds:.1f} s')
+
+    def outcome(self, fault: faults.Fault, seed: int,
+                error: Exception | None) -> plan.Try:
+        """What came of it, as it is kept.
+
+        :param error: what does not hold
+        """
+        wrong = () if error is None else (
+            f'{type(error).__name__} {error}'.removeprefix(
+                'AssertionError '),)
+        return plan.Try(
+            self.scenario, self.moment.number, self.moment.name, fault.name,
+            seed, self.ended, self.by, 'as it was', self.seconds,
+            wrong if self.is_harm else (), () if self.is_harm else wrong)
 
     def _reach(self, moment: plan.Moment) -> bool:
         seen: collections.Counter[str] = collections.Counter()
@@ -296,37 +320,51 @@ def main() -> int:
     parser.add_argument('--minutes', type=float, default=10.0)
     parser.add_argument('--way', default='')
     parser.add_argument('--fault', default='')
+    parser.add_argument('--results', type=pathlib.Path)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     begun = time.monotonic()
     passed = failed = 0
     bench = harness.Bench()
+    found_all = results.Results(versions=bench.versions())
     try:
-        cells = []
+        cells: list[results.Cell] = []
+        ways = {way.scenario: way for way in WAYS}
         for way in WAYS:
             if options.way in str(way):
                 moments = Trial(bench, way, 0).moments()
+                found_all.steps[str(way.scenario)] = moments
                 print(f'{way}: {len(moments)} steps', flush=True)
-                cells += [(way, moment, fault) for moment in moments
+                cells += [(way.scenario, moment, fault) for moment in moments
                           for fault in FAULTS
                           if fault.applies(moment)
                           and options.fault in fault.name]
-        chance.shuffle(cells)
-        for way, moment, fault in cells:
+        for scenario, moment, fault in found_all.least_tried(cells, chance):
+            way = ways[scenario]
             if time.monotonic() - begun > options.minutes * 60:
                 break
             words = f'{way}: {moment}: {fault.name}'
+            wrong: Exception | None = None
+            trial: Trial | None = None
             try:
-                found = Trial(bench, way, 0).tried(moment, fault)
+                trial = Trial(bench, way, 0)
+                found = trial.tried(moment, fault)
             except (AssertionError, libvirt.libvirtError,
                     command.Stuck) as error:
                 failed += 1
-                print(f'WRONG {words}: {error}', flush=True)
+                wrong, found = error, f'WRONG {error}'
                 bench.clear(way.scenario.guest)
+            if found is None:
                 continue
-            if found is not None:
-                passed += 1
-                print(f'{words}: {found}', flush=True)
+            passed += wrong is None
+            print(f'{words}: {found}', flush=True)
+            if trial is None:
+                continue
+            found_all.tries.append(trial.outcome(
+                fault, options.seed, wrong))
+            found_all.seconds = time.monotonic() - begun
+            if options.results is not None:
+                found_all.save(options.results)
         print(f'{passed + failed} of {len(cells)} tried')
     finally:
         bench.close()
