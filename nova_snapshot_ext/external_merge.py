@@ -266,8 +266,8 @@ def _pivot(guest: guests.Guest, merge: Merge) -> None:
     """Have the guest write to the lower layer from now on.
 
     If libvirtd dies in this, QEMU may have done it and libvirt not know, from
-    then on (seen with libvirt 9.0 and 11.3): what is in the upper layer gets old. The
-    note stays then.
+    then on (seen with libvirt 9.0 and 11.3): what is in the upper layer gets
+    old. The note stays then.
     """
     with open(merge.note, 'ab') as note:
         os.fsync(note.fileno())

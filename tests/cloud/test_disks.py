@@ -24,7 +24,7 @@ from tests.functional import images
 SIZES = {'vda': 1024 ** 3, 'vdb': 1024 ** 3, 'vdc': 64 * 1024 ** 2}
 KINDS = {'vda': 'root', 'vdb': 'ephemeral', 'vdc': 'swap'}
 # The root disk has some 25 MiB, and the others next to nothing.
-SLOW = ('snapshot_ext.transfers=streamed', 'snapshot_ext.bandwidth=1')
+SLOW = ('snapshot_ext.transfers=streamed', 'snapshot_ext.bandwidth=8')
 # Makes the guest count on its ephemeral disk as well, after its root disk.
 COUNT_ON_BOTH = '''
 kill $(cat /run/writer.pid)
