@@ -261,7 +261,10 @@ class CommandLineTest(AllDisksTestCase, test_cli.CommandTestCase):
                                  '--name', 'one', '--staging', self.staging,
                                  '--disks', 'all'),
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    text=True) as process:
+                    text=True,
+                    # Whoever runs tests in the background ignores it.
+                    preexec_fn=lambda: signal.signal(
+                        signal.SIGINT, signal.SIG_DFL)) as process:
                 # That of vdb is whole, and that of vda begun.
                 self.wait(lambda: len(list(
                     self.images.glob('.*.json'))) == 1, process)
