@@ -534,13 +534,17 @@ class CommandTest(DomainTestCase, test_cli.CommandTestCase):
 
 class KilledTest(DomainTestCase, test_killed.KilledTestCase):
 
-    def assert_clean(self, guest: guests.Guest, names: list[str]) -> None:
-        """Wait until nothing is left but what is to stay."""
+    def wait_undone(self) -> None:
+        """Wait until nothing is to be undone any more."""
         deadline = time.monotonic() + 180
         while list(self.state.glob('*.undo')) or list(
                 self.staging.iterdir()):
             self.assertLess(time.monotonic(), deadline, 'something was left')
             time.sleep(0.05)
+
+    def assert_clean(self, guest: guests.Guest, names: list[str]) -> None:
+        """Wait until nothing is left but what is to stay."""
+        self.wait_undone()
         self.assert_libvirt_knows_none(guest)
         for index in range(len(guest.disks)):
             self.assertEqual(names, self.held(guest, index))
@@ -568,6 +572,8 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
             seconds = self._wait_whole(guest, since)
             print(f'domain memory={memory} killed at {number:2} {step}: '
                   f'whole after {seconds:.2f} s', flush=True)
+            # A name that was given is taken back with the rest.
+            self.wait_undone()
             kept = self.records(guest).all()
             if not kept:
                 self.assert_clean(guest, [])
