@@ -170,6 +170,33 @@ class TestMove(MoverTestCase):
                           if length > 65536])
         self.assertEqual(8, disk.most_in_flight)
 
+    def test_disk_is_read_in_bursts_for_whoever_is_slower(self) -> None:
+        disk = fake_libnbd.Disk(b'x' * 40 * MIB, [(40 * MIB, 0)])
+        self.patch_name('tests.unit.fake_libnbd.disk', disk)
+        export = nbd.Export('/s', 'vda')
+        reader = nbd._Pipeline(
+            export._nbd, ((number * MIB, MIB) for number in range(40)), 8,
+            tempos.Tempo(), export._wait)
+        reader.start()
+        taken = reader.results()
+        next(taken)
+        self.wait(lambda: len(disk.reads) == 16 and not reader._flight)
+        # Seven of the sixteen buffers come back, and wait for an eighth.
+        for _ in range(7):
+            next(taken)
+        time.sleep(0.1)
+        self.assertEqual(16, len(disk.reads))
+        next(taken)
+        self.wait(lambda: len(disk.reads) == 24)
+        self.assertEqual([number * MIB for number in range(9, 40)],
+                         [offset for offset, _ in taken])
+
+    def wait(self, true: collections.abc.Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not true():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+
     def test_read_that_fails_ends_the_image(self) -> None:
         disk = fake_libnbd.Disk(b'x' * 8 * MIB, [(8 * MIB, 0)])
         disk.bad.add(5 * MIB)
