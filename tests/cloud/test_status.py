@@ -23,10 +23,14 @@ import tempfile
 
 import fixtures
 
-from nova_snapshot_ext import checks
 from tests.cloud import base
 
 SUCCESS, WARNING, FAILURE = 0, 1, 2
+
+#: What is checked, in order. The names are written out: the module of the
+#: checks takes Nova, which is in the small cloud's environment alone.
+NAMES = ('Loading of the driver', 'Settings', 'Nova', 'libvirt and QEMU',
+         'Programs', 'Directories', 'Rights', 'Guests', 'Security modules')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class StatusTest(base.CloudTestCase):
     def test_host_that_serves_is_ready(self) -> None:
         server = self.server()
         found = self.check()
-        self.assertEqual(list(checks.ALL), list(found.results))
+        self.assertEqual(list(NAMES), list(found.results))
         self.assertEqual(max(found.results.values()), found.exit_code)
         self.assertLess(found.exit_code, FAILURE, found.details)
         for name in ('Loading of the driver', 'Settings', 'Nova',
@@ -110,7 +114,7 @@ class StatusTest(base.CloudTestCase):
         done = self.run_it(
             '--config-file', self.etc / 'nova.conf', '--config-file',
             self.etc / 'nova-cpu.conf', 'upgrade', 'check')
-        for name in checks.ALL:
+        for name in NAMES:
             self.assertIn(f'Check: {name}', done.stdout)
 
     def test_file_that_is_not_there(self) -> None:

@@ -15,7 +15,10 @@
 import collections.abc
 import configparser
 import os
+import pathlib
 import re
+import subprocess
+import sys
 import typing
 
 import yaml
@@ -52,6 +55,22 @@ class TestEnvironments(base.TestCase):
 
     def test_all_tests_are_there(self) -> None:
         self.assertEqual(set(), set(by_default()) - environments())
+
+    def test_only_these_need_nova(self) -> None:
+        # Environments without it would lack a whole module of tests.
+        modules = [
+            '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+            for folder in ('functional', 'cloud', 'faults')
+            for path in sorted(pathlib.Path(ROOT, 'tests', folder).rglob(
+                '[!_]*.py')) if 'without' not in path.parts]
+        self.assertIn('tests.cloud.test_status', modules)
+        subprocess.run(
+            [sys.executable, '-c',
+             'import importlib, sys\n'
+             'sys.modules["nova"] = None\n'
+             'for name in sys.argv[1:]:\n'
+             '    importlib.import_module(name)\n', *modules],
+            cwd=ROOT, check=True)
 
     def test_ci_runs_what_a_developer_does(self) -> None:
         workflow = yaml.safe_load(read('.github', 'workflows', 'ci.yml'))
