@@ -144,6 +144,11 @@ class Records:
                     return record
         return None
 
+    def named(self, name: str | None) -> Record | None:
+        """The one of a name, None if there is none."""
+        return next((record for record in self.all()
+                     if record.name == name), None)
+
     @property
     def current(self) -> str | None:
         """The name of the one that the guest's state descends from."""

@@ -24,6 +24,8 @@ import os
 import time
 from xml.etree import ElementTree
 
+from oslo_log import log as logging
+
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import exception
@@ -37,9 +39,13 @@ from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 
+LOG = logging.getLogger(__name__)
+
 _POLL_S = 0.1
 # A call of a dead owner has reached libvirt by then.
 _REACHED_S = 1.0
+# In what is kept with a snapshot: it is about to be deleted.
+_UNWANTED = 'unwanted'
 
 
 def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
@@ -137,12 +143,13 @@ def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
         delete_domain_snapshot, name=name, uuid=guest.uuid,
         paths=[disk.path for disk in disks],
         state_directory=request.state_directory)
-    domain_xml = ElementTree.tostring(
-        guest.description(), encoding='unicode')
-    taken_at = datetime.datetime.now(datetime.UTC)
+    record = new_record(
+        guest, dataclasses.replace(request.domain, memory=with_memory),
+        records, name, disks)
     consistency = frozen.Consistency.CRASH
     if with_memory:
-        domain_xml = _with_memory(guest, name, disks, log, pause)
+        record = dataclasses.replace(
+            record, domain_xml=_with_memory(guest, name, disks, log, pause))
     elif up:
         consistency = _of_disks(guest, name, disks, request, log, pause)
     else:
@@ -150,18 +157,32 @@ def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
             consistency = frozen.Consistency.STOPPED
         for disk in disks:
             internal_snapshot.make_named(disk.path, name, log)
-    record = domain_records.Record(
-        name=name, uuid=guest.uuid, image_id=request.domain.image_id,
-        title=request.domain.title, parent=records.current,
-        rollback=(domain_records.Rollback.MEMORY if with_memory
+    return Taken(record, consistency, entry, records)
+
+
+def new_record(guest: guests.Guest, wish: requests.DomainSnapshot,
+               records: domain_records.Records, name: str,
+               disks: collections.abc.Sequence[disks_.Disk],
+               files: domain_records.Files | None = None,
+               ) -> domain_records.Record:
+    """The record of a snapshot of a guest as it is now.
+
+    :param wish: its memory says whether that is part of it
+    :param disks: that are part of it
+    :param files: of an external one
+    """
+    return domain_records.Record(
+        name=name, uuid=guest.uuid, image_id=wish.image_id, title=wish.title,
+        parent=records.current,
+        rollback=(domain_records.Rollback.MEMORY if wish.memory
                   else domain_records.Rollback.DISK),
-        taken_at=taken_at.isoformat(),
+        taken_at=datetime.datetime.now(datetime.UTC).isoformat(),
         disks={disk.target: disk.path for disk in disks},
         capacities={disk.target: guest.capacity(disk.target)
                     for disk in disks},
-        domain_xml=domain_xml, host_cpu=guest.host_cpu(),
-        extra=request.domain.extra)
-    return Taken(record, consistency, entry, records)
+        domain_xml=ElementTree.tostring(
+            guest.description(), encoding='unicode'),
+        host_cpu=guest.host_cpu(), extra=wish.extra, files=files)
 
 
 def _with_memory(guest: guests.Guest, name: str,
@@ -292,8 +313,9 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
     what held its state.
 
     One that got there, and whose owner died before it could say so, stays
-    there. All of it is one step: if a part fails, its state stays held, and
-    nothing starts it from disks that are halfway.
+    there; so does one that somebody else has started. All of it is one step:
+    if a part fails, its state stays held, and nothing of ours starts it from
+    disks that are halfway.
 
     :param target: the snapshot that it was to go back to
     :param safety: the one that holds what it was
@@ -312,17 +334,25 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
         if not around.rebooted:
             let_call_end(guest, life)
         internal_snapshot.end_qemu_img(target)
-    if not _is_left_alone(around, guest, target, safety, life):
+    records = domain_records.Records(state_directory, uuid)
+    stays = records.named(safety)
+    if stays is None and _is_left_alone(around, guest, target, safety, life):
+        other = _is_another_life(guest, target, life, records)
+        if other:
+            records.set_current(current)
+        stays = _give_up(guest, target, safety, paths, records, other)
+    if stays is None:
         # Whoever finds it up after this leaves it alone.
-        domain_records.Records(state_directory, uuid).set_current(current)
+        records.set_current(current)
         _restore(around, guest, target, safety, paths)
         if life is not None:
             # libvirt did not hold its memory, or it is up by now.
             power.start_again(around, paused=paused)
     _forget_both(guest, target, safety)
-    delete_domain_snapshot(
-        around, name=safety, uuid=uuid, paths=paths,
-        state_directory=state_directory)
+    if stays is None or stays.extra.get(_UNWANTED):
+        delete_domain_snapshot(
+            around, name=safety, uuid=uuid, paths=paths,
+            state_directory=state_directory)
 
 
 def _is_left_alone(around: undo.Surroundings, guest: guests.Guest,
@@ -336,9 +366,62 @@ def _is_left_alone(around: undo.Surroundings, guest: guests.Guest,
         return True
     if (around.owner_died or guest.domain_snapshot(target) is None
             or guest.current_domain_snapshot() == safety):
-        return True     # it is there, or is back
+        return True     # it is there, or is back, or somebody started it
     guest.destroy()         # it came up by halves
     return False
+
+
+def is_at(guest: guests.Guest, name: str) -> bool:
+    """Whether libvirt has had a guest that is up go back to a snapshot.
+
+    It says so in the snapshot when all is done; the guest's state says it
+    from when it runs, until somebody pauses or resumes it.
+    """
+    return (guest.came_from_snapshot()
+            or guest.current_domain_snapshot() == name)
+
+
+def _is_another_life(guest: guests.Guest, target: str, life: str | None,
+                     records: domain_records.Records) -> bool:
+    """Whether somebody else has started a guest that is up, and from disks
+    that may be of then, of now, or some of each."""
+    if guest.life() == life:
+        return False
+    if guest.domain_snapshot(target) is None:
+        # All disks were of then before they were current.
+        return records.current != target
+    return not is_at(guest, target)
+
+
+def _give_up(guest: guests.Guest, target: str, safety: str,
+             paths: list[str], records: domain_records.Records,
+             other: bool) -> domain_records.Record:
+    """Note that a guest that is up is never to be what it was again: what it
+    writes from now on would be lost, whenever that is tried again.
+
+    :param other: whether somebody else has started it: then what holds the
+        state that it had becomes a snapshot like others, if it holds all
+    """
+    held = [disk for disk in guest.disks() if disk.path in paths]
+    kept = other and all(internal_snapshot.has_snapshot(guest, path, safety)
+                         for path in paths)
+    xml = guest.domain_snapshot(safety)
+    gone_to = records.named(target)
+    wish = requests.DomainSnapshot(
+        memory=xml is not None,
+        title=f'before going back to {gone_to.title if gone_to else target}',
+        extra={} if kept else {_UNWANTED: True})
+    record = new_record(guest, wish, records, safety, held)
+    if xml is not None:
+        record = dataclasses.replace(record, domain_xml=xml)
+    records.replace(record)
+    if kept:
+        LOG.warning(
+            '%s was started by somebody else while it was to go back to a '
+            'snapshot; its disks may be those of then, or those of now. The '
+            'state that it had is kept as the domain snapshot %s, "%s"',
+            guest.name, safety, record.title)
+    return record
 
 
 def _restore(around: undo.Surroundings, guest: guests.Guest, target: str,
@@ -377,7 +460,7 @@ def let_call_end(guest: guests.Guest, life: str | None) -> None:
     def is_over() -> bool:
         if guest.state() is guests.State.SHUTOFF:
             return time.monotonic() - begun > _REACHED_S
-        return guest.life() != life
+        return guest.life() != life and not guest.is_starting_up()
     wait_for_call(guest, is_over)
 
 

@@ -20,7 +20,6 @@ comes up at one of the two instants.
 """
 
 import collections.abc
-import dataclasses
 import os
 
 from nova_snapshot_ext import disk as disks_
@@ -30,11 +29,11 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import external_files
 from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import external_snapshot
-from nova_snapshot_ext import frozen
 from nova_snapshot_ext import guest as guests
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
 from nova_snapshot_ext import rollback_obstacles
+from nova_snapshot_ext import rollback_way
 from nova_snapshot_ext import undo
 
 
@@ -92,17 +91,8 @@ def _why_no_files(record: domain_records.Record) -> str | None:
     return None
 
 
-@dataclasses.dataclass
-class Way:
-    """What the steps of one rollback share; see :func:`rollback.revert`."""
-
-    guest: guests.Guest
-    record: domain_records.Record
-    records: domain_records.Records
-    #: how long the guest did not run
-    pause: frozen.Pause
-    #: whether the guest is where it was to go
-    done: bool = False
+class Way(rollback_way.Way):
+    """To an external one."""
 
     def obstacle(self) -> str | None:
         found = {record.name: record for record in self.records.all()}
@@ -114,7 +104,6 @@ class Way:
                         found.get(self.records.current or ''))
 
     def go(self, log: undo.UndoLog) -> None:
-        """Go, or come back; nothing of ours is left either way."""
         life = self.guest.life()
         paused = self.guest.state() is guests.State.PAUSED
         name = internal_snapshot.new_name()
@@ -123,11 +112,7 @@ class Way:
         new = {target: external_files.overlay_beside(
             now[target].path, name, target) for target in now}
         left = [disk.path for disk in now.values()]
-        with log.scope(), log.surroundings.host.may_start() as allowed:
-            if not allowed:
-                raise exception.RollbackRefused(
-                    f'{self.guest.name} is not ours to start: it is being '
-                    f'stopped or deleted')
+        with log.scope(), self._allowed_to_start(log):
             back = log.push(
                 come_back_to_overlays, target=self.record.name,
                 now={target: disk.path for target, disk in now.items()},
@@ -140,7 +125,8 @@ class Way:
                 files = _overlays(new)
                 self.guest.define_disks(files)
                 self.records.set_current(self.record.name)
-                self._come_up(life, paused, files)
+                self._come_up(lambda: self._start(life, paused, files),
+                              lambda: _is_made_of(self.guest, new))
             log.push(delete_left_overlays, paths=left, uuid=self.guest.uuid,
                      state_directory=self.records.state_directory)
             back.drop()
@@ -167,28 +153,12 @@ class Way:
         assert self.record.files is not None
         return self.record.files.memory
 
-    def _come_up(self, life: str | None, paused: bool,
-                 files: dict[str, disks_.Layer]) -> None:
-        """Make the call that starts a guest that is off.
-
-        If its connection breaks it goes on all the same, or did not begin:
-        the guest shows which.
-        """
-        try:
-            if self._memory:
-                self.guest.restore_memory(self._memory, files)
-            elif life is not None:
-                self.guest.start(paused)
-        except guests.LibvirtError as error:
-            if not error.of_connection:
-                raise
-            domain_snapshot.let_call_end(self.guest, None)
-            # Somebody else may have started it from its saved memory.
-            if (self.guest.state() is guests.State.SHUTOFF
-                    or not _is_made_of(self.guest, {
-                        target: layer.path
-                        for target, layer in files.items()})):
-                raise
+    def _start(self, life: str | None, paused: bool,
+               files: dict[str, disks_.Layer]) -> None:
+        if self._memory:
+            self.guest.restore_memory(self._memory, files)
+        elif life is not None:
+            self.guest.start(paused)
 
 
 def _overlays(paths: dict[str, str]) -> dict[str, disks_.Layer]:

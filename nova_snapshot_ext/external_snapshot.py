@@ -19,7 +19,7 @@ for raw files as well, costs no more however large they are, and its image is
 read from files that nobody writes to.
 """
 
-import datetime
+import dataclasses
 import os
 from xml.etree import ElementTree
 
@@ -198,13 +198,14 @@ def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
                  'base': disk.path, 'format': disk.format, 'above': []}
                 for disk in held],
         files=[*overlays.values(), *[memory] * with_memory])
-    capacities = {disk.target: guest.capacity(disk.target) for disk in held}
+    record = domain_snapshot.new_record(
+        guest, dataclasses.replace(request.domain, memory=with_memory),
+        records, name, held, domain_records.Files(
+            {disk.target: disk.format for disk in held}, memory))
     for disk in held:
         external_files.create_overlay(
             overlays[disk.target], disks_.Layer(disk.path, disk.format),
-            capacities[disk.target])
-    description = guest.description()
-    taken_at = datetime.datetime.now(datetime.UTC)
+            record.capacities[disk.target])
     consistency = frozen.Consistency.CRASH
     if up:
         consistency = _of_guest_that_is_up(
@@ -215,25 +216,10 @@ def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
         guest.define_disks({
             target: disks_.Layer(path, external_files.FORMAT)
             for target, path in overlays.items()})
-    record = domain_records.Record(
-        name=name, uuid=guest.uuid, image_id=request.domain.image_id,
-        title=request.domain.title, parent=records.current,
-        rollback=(domain_records.Rollback.MEMORY if with_memory
-                  else domain_records.Rollback.DISK),
-        taken_at=taken_at.isoformat(),
-        disks={disk.target: disk.path for disk in held},
-        capacities=capacities, domain_xml=_within_snapshot(description),
-        host_cpu=guest.host_cpu(), extra=request.domain.extra,
-        files=domain_records.Files(
-            {disk.target: disk.format for disk in held}, memory))
+    record = dataclasses.replace(
+        record, domain_xml=f'<domainsnapshot>{record.domain_xml}'
+        f'</domainsnapshot>')
     return domain_snapshot.Taken(record, consistency, entry, records)
-
-
-def _within_snapshot(description: ElementTree.Element) -> str:
-    """As libvirt has it of an internal one."""
-    root = ElementTree.Element('domainsnapshot')
-    root.append(description)
-    return ElementTree.tostring(root, encoding='unicode')
 
 
 def _of_guest_that_is_up(

@@ -132,6 +132,9 @@ _PAUSED_BY_START = (
 _PAUSED_BY_SNAPSHOT = (
     [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SAVE],
     [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT])
+_AT_SNAPSHOT = (
+    [libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_FROM_SNAPSHOT],
+    [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_FROM_SNAPSHOT])
 _OPERATIONS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_START: 'start',
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: 'save',
@@ -286,6 +289,16 @@ class Guest:
             return list(self._domain.state()) == [
                 libvirt.VIR_DOMAIN_SHUTOFF,
                 libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+
+    def is_starting_up(self) -> bool:
+        """Whether libvirt has not started it wholly.
+
+        If libvirtd dies in that, the next one turns it off.
+        """
+        with self._calling('State'):
+            return list(self._domain.state()) == [
+                libvirt.VIR_DOMAIN_PAUSED,
+                libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
 
     def is_paused_by_start(self) -> bool:
         """Whether it was started paused, and neither ran nor was paused
@@ -508,6 +521,12 @@ class Guest:
         """Whether libvirt paused it to save its memory, and no more."""
         with self._calling('State'):
             return list(self._domain.state()) in _PAUSED_BY_SNAPSHOT
+
+    def came_from_snapshot(self) -> bool:
+        """Whether libvirt had it go back to a domain snapshot, and it was
+        neither paused nor resumed since."""
+        with self._calling('State'):
+            return list(self._domain.state()) in _AT_SNAPSHOT
 
     def is_paused_by_io_error(self) -> bool:
         with self._calling('State'):

@@ -19,7 +19,6 @@ happens then, it comes up at one of the two instants, and at the old one if the
 rollback failed. That snapshot is deleted at the end.
 """
 
-import collections.abc
 import contextlib
 import dataclasses
 import os
@@ -38,6 +37,7 @@ from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
 from nova_snapshot_ext import rollback_obstacles
+from nova_snapshot_ext import rollback_way
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
 
@@ -160,23 +160,13 @@ def revert(guest: guests.Guest, record: domain_records.Record,
     return Result(record.rollback, pause_s)
 
 
-@dataclasses.dataclass
-class _Way:
-    """What the steps of one rollback share; see :func:`revert`."""
-
-    guest: guests.Guest
-    record: domain_records.Record
-    records: domain_records.Records
-    #: how long the guest did not run
-    pause: frozen.Pause
-    #: whether the guest is where it was to go
-    done: bool = False
+class _Way(rollback_way.Way):
+    """To an internal one."""
 
     def obstacle(self) -> str | None:
         return obstacle(self.guest, self.record)
 
     def go(self, log: undo.UndoLog) -> None:
-        """Go, or come back; nothing of ours is left either way."""
         self._log = log
         self._life = self.guest.life()
         self._safety = internal_snapshot.new_name()
@@ -190,7 +180,7 @@ class _Way:
     def _with_memory(self) -> None:
         name = self.record.name
         self._log.push(domain_snapshot.forget_domain_snapshot, name=name)
-        with self._allowed_to_start():
+        with self._allowed_to_start(self._log):
             back = self._push_way_back()
             with self.pause.measured(), self._log.calling():
                 if self._life is None:
@@ -203,7 +193,9 @@ class _Way:
                         halt=True)
                 self.guest.define_domain_snapshot(self.record.domain_xml)
                 self.records.set_current(name)
-                self._come_up(lambda: self.guest.revert_to(name))
+                self._come_up(
+                    lambda: self.guest.revert_to(name),
+                    lambda: domain_snapshot.is_at(self.guest, name))
             self._arrive(back)
             # While nobody can want to undefine it. The log has it as well.
             with contextlib.suppress(exception.SnapshotError):
@@ -212,7 +204,7 @@ class _Way:
 
     def _disks_alone(self) -> None:
         paused = self.guest.state() is guests.State.PAUSED
-        with self._allowed_to_start():
+        with self._allowed_to_start(self._log):
             back = self._push_way_back()
             with self.pause.measured(), self._log.calling():
                 if self._life is not None:
@@ -223,23 +215,10 @@ class _Way:
                         path, self.record.name, self._log)
                 self.records.set_current(self.record.name)
                 if self._life is not None:
-                    self._come_up(lambda: self.guest.start(paused))
+                    # Its disks are those of then, whoever starts it.
+                    self._come_up(lambda: self.guest.start(paused),
+                                  lambda: True)
             self._arrive(back)
-
-    def _come_up(self, call: collections.abc.Callable[[], None]) -> None:
-        """Make the call that starts a guest that is off.
-
-        If its connection breaks it goes on all the same, or did not begin:
-        the guest shows which.
-        """
-        try:
-            call()
-        except guests.LibvirtError as error:
-            if not error.of_connection:
-                raise
-            domain_snapshot.let_call_end(self.guest, None)
-            if self.guest.state() is guests.State.SHUTOFF:
-                raise
 
     def _arrive(self, back: undo.Entry) -> None:
         """Have it stay where it is, and delete what held its state."""
@@ -249,15 +228,6 @@ class _Way:
             state_directory=self.records.state_directory)
         back.drop()
         self.done = True
-
-    @contextlib.contextmanager
-    def _allowed_to_start(self) -> collections.abc.Iterator[None]:
-        with self._log.surroundings.host.may_start() as allowed:
-            if not allowed:
-                raise exception.RollbackRefused(
-                    f'{self.guest.name} is not ours to start: it is being '
-                    f'stopped or deleted')
-            yield
 
     def _push_way_back(self) -> undo.Entry:
         return self._log.push(

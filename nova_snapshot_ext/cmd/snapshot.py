@@ -446,7 +446,8 @@ def _draw(records: list[domain_records.Record], current: str | None,
         if record.parent == parent:
             print(f'{indent}{record.title}: {record.rollback.value}, '
                   f'{"external, " * record.external}'
-                  f'{record.taken_at[:19]}Z, {record.image_id}')
+                  f'{record.taken_at[:19]}Z, '
+                  f'{record.image_id or "no image"}')
             _draw(records, current, record.name, indent + '  ')
     if records and current == parent:
         print(f'{indent}(now)')

@@ -24,6 +24,7 @@ import threading
 import time
 import typing
 
+import fixtures
 import libvirt
 
 from nova_snapshot_ext.cmd import snapshot as cli
@@ -31,6 +32,7 @@ from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard
+from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
@@ -502,6 +504,51 @@ class FailedTest(DomainTestCase):
             self.assertTrue(guard.bring_back(
                 str(path), lambda uri, uuid: ours, hosts.PlainHost()))
         self.assert_libvirt_knows_none(guest)
+        self.assert_lives(guest)
+        self.delete_all(guest)
+
+    def test_guest_that_somebody_else_started_is_not_there(self):
+        """libvirtd dies in the rollback, and somebody boots the guest."""
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        record, _, _ = self.keep(guest, 'then')
+        later, _, _ = self.keep(guest, 'later', memory=False)
+        at = guest.wait_writes_on(50)
+        real = our_guests.Guest.revert_to
+
+        def revert_to(ours: our_guests.Guest, name: str) -> None:
+            killing = threading.Timer(0.3, self.libvirtd.kill)
+            killing.start()
+            try:
+                real(ours, name)
+            finally:
+                killing.join()
+                self.libvirtd.start()
+                connection = self.libvirtd.connect()
+                self.addCleanup(connection.close)
+                guest.domain = connection.lookupByUUIDString(guest.uuid)
+                deadline = time.monotonic() + 60
+                while guest.domain.isActive():
+                    self.assertLess(time.monotonic(), deadline)
+                    time.sleep(0.1)
+                guest.domain.create()
+        with fixtures.MonkeyPatch(
+                'nova_snapshot_ext.guest.Guest.revert_to', revert_to):
+            error = self.assertRaises(
+                exception.SnapshotError, self.revert, guest, record)
+        self.assertIn('Rollback to', str(error))
+        self.assertEqual([], list(self.state.glob('*.undo')))
+        self.assert_libvirt_knows_none(guest)
+        guest.wait_counter(1)
+        records = self.records(guest)
+        self.assertEqual(later.name, records.current)
+        kept = records.find('before going back to then')
+        assert kept is not None
+        for index in (0, 1):
+            self.assertEqual([record.name, later.name, kept.name],
+                             self.held(guest, index))
+        # With the memory that it had when it was taken down.
+        self.revert(guest, kept)
+        self.assertGreaterEqual(guest.first_counter(), at)
         self.assert_lives(guest)
         self.delete_all(guest)
 

@@ -157,7 +157,9 @@ class FakeDomain:
         self.snapshots: dict[str, str] = {}
         self.current_snapshot: str | None = None
         #: state that it has after it went back
-        self.reverted_state = [libvirt.VIR_DOMAIN_RUNNING, 5]
+        self.reverted_state = [
+            libvirt.VIR_DOMAIN_RUNNING,
+            libvirt.VIR_DOMAIN_RUNNING_FROM_SNAPSHOT]
         #: by a method's name: what it raises from now on
         self.errors: dict[str, Exception] = {}
         #: by a method's name: called before it does its work

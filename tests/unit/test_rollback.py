@@ -331,13 +331,46 @@ class TestMemory(RollbackTestCase):
         self.assertEqual([], self.left())
 
     def test_guest_that_arrived_unheard_is_there(self) -> None:
-        self.break_connection('revertToSnapshot', [
-            libvirt.VIR_DOMAIN_RUNNING, 5])
+        self.break_connection(
+            'revertToSnapshot', self.domain.reverted_state)
         self.revert()
         self.assertEqual([f'revertToSnapshot {TARGET}'],
                          self.journal.of('revert'))
         self.assertEqual(TARGET, self.records.current)
         self.assertEqual([], self.left())
+
+    def test_guest_that_somebody_else_started_is_not_there(self) -> None:
+        """libvirtd died in the rollback, and it was booted meanwhile."""
+        self.break_connection('revertToSnapshot', [
+            libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED])
+        self.assertRaises(exception.SnapshotError, self.revert)
+        self.assertEqual([f'revertToSnapshot {TARGET}'],
+                         self.journal.of('revert', 'destroy', 'create'))
+        self.assertIsNone(self.records.current)
+        # Its disks may be of then by now: what it was is not thrown away.
+        self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+        kept = self.records.named(SAFETY)
+        assert kept is not None
+        self.assertEqual(f'before going back to {self.record.title}',
+                         kept.title)
+        self.assertIs(domain_records.Rollback.MEMORY, kept.rollback)
+        self.assertEqual({'vda': self.path}, kept.disks)
+        self.assertIn(kept.title, self.output.output)
+        self.assertEqual({}, self.domain.snapshots)
+        self.assertEqual([], self.left())
+        # It can be gone back to like others, and deleted.
+        self.record = kept
+        self.patch_name(
+            'nova_snapshot_ext.internal_snapshot.new_name',
+            lambda: 'snapshot-ext-' + 32 * 'f')
+        self.domain.before['snapshotCreateXML'] = (
+            lambda: self.qemu_img.snapshots.append(
+                'snapshot-ext-' + 32 * 'f'))
+        self.revert()
+        self.assertEqual(f'revertToSnapshot {SAFETY}',
+                         self.journal.of('revert')[-1])
+        domain_snapshot.delete(self.guest, kept, self.records, self.host)
+        self.assertEqual([TARGET], self.qemu_img.snapshots)
 
     def test_guest_that_did_not_come_up_comes_back(self) -> None:
         self.break_connection('revertToSnapshot', [
@@ -546,6 +579,58 @@ class TestComeBack(RollbackTestCase):
             self.come_back(owner_died=owner_died)
             self.assertEqual([], self.done())
 
+    def test_guest_that_another_started_before_it_went_back(self) -> None:
+        """Its owner died when it was off."""
+        for memory in (True, False):
+            self.domain.number = 2
+            self.domain.current_snapshot = SAFETY
+            if not memory:
+                # Not all of its disks were made what they were then.
+                self.domain.snapshots.clear()
+                self.records.set_current(None)
+            for again in (False, True):
+                self.come_back(owner_died=True)
+                self.assertEqual([], self.done())
+                self.assertIsNone(self.records.current)
+                self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+                kept = self.records.named(SAFETY)
+                assert kept is not None
+                self.assertIs(
+                    domain_records.Rollback.MEMORY if memory
+                    else domain_records.Rollback.DISK, kept.rollback)
+                self.assertEqual({}, self.domain.snapshots)
+            # It writes since: it is never made what it was by itself.
+            self.domain.off()
+            self.come_back(owner_died=True)
+            self.assertEqual([], self.done())
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+            self.records.remove(SAFETY)
+
+    def test_what_does_not_hold_all_is_not_kept(self) -> None:
+        self.domain.number = 2
+        self.domain.snapshots.pop(SAFETY)
+        self.qemu_img.snapshots = [TARGET]
+        self.come_back(owner_died=True)
+        self.assertIsNone(self.records.named(SAFETY))
+
+    def test_guest_that_stays_is_not_brought_back_later(self) -> None:
+        """What held its state can't be deleted while it is up."""
+        for number, current in ((2, TARGET), (1, None)):
+            self.domain.number = number
+            self.domain.current_snapshot = current
+            self.qemu_img.fails.add('monitor')
+            self.assertRaises(
+                exception.UndoFailed, self.come_back, owner_died=True)
+            self.domain.off()
+            self.come_back(owner_died=True)
+            self.assertEqual(['qemu-img snapshot -d'], self.done())
+            self.assertEqual([TARGET], self.qemu_img.snapshots)
+            self.assertIsNone(self.records.named(SAFETY))
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+            self.qemu_img.snapshots.append(SAFETY)
+            self.qemu_img.fails.clear()
+            self.journal.clear()
+
     def test_disks_alone_come_back(self) -> None:
         self.domain.off()
         self.domain.snapshots.clear()
@@ -595,12 +680,27 @@ class TestComeBack(RollbackTestCase):
             if self.now == 3.0:
                 self.domain.job = libvirt.VIR_DOMAIN_JOB_NONE
                 self.domain.current_snapshot = TARGET
-                self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 5]
+                self.domain.current_state = self.domain.reverted_state
                 self.domain.number = 2
         self.patch_name('time.sleep', arrived)
         self.come_back(owner_died=True)
         self.assertEqual([], self.done())
         self.assertEqual(TARGET, self.records.current)
+
+    def test_guest_that_libvirt_did_not_start_wholly_is_waited_for(
+            self) -> None:
+        """libvirtd died in that; the next one turns it off."""
+        self.domain.number = 2
+        self.domain.current_state = [
+            libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+
+        def ended(seconds: float) -> None:
+            self.now += 1.0
+            if self.now == 3.0:
+                self.domain.off()
+        self.patch_name('time.sleep', ended)
+        self.come_back(owner_died=True)
+        self.assertEqual([f'revertToSnapshot {SAFETY}'], self.done())
 
     def test_call_that_may_still_wait_is_waited_for(self) -> None:
         def halted(seconds: float) -> None:
