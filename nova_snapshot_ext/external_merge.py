@@ -71,6 +71,15 @@ class Merge:
         return f'{self.top}.pivoting'
 
     @property
+    def nowhere(self) -> disks_.Layer:
+        """What is not there, so that a guest can't be started from it."""
+        return disks_.Layer(f'{self.note}.unknown', external_files.FORMAT)
+
+    @property
+    def upper(self) -> disks_.Layer:
+        return disks_.Layer(self.top, external_files.FORMAT)
+
+    @property
     def lower(self) -> disks_.Layer:
         return disks_.Layer(self.base, self.format)
 
@@ -109,8 +118,8 @@ def merge_external_snapshot(
     for fields in merges:
         merge = Merge(**fields)
         merge.check()
-        _merge(around, merge, _record(records, child))
-        record = _record(records, child)
+        _merge(around, merge, records.named(child))
+        record = records.named(child)
         if record is not None:
             records.replace(_with_file(record, merge))
     used = used_files(around)
@@ -138,12 +147,6 @@ def used_files(around: undo.Surroundings) -> set[str]:
             with contextlib.suppress(exception.UnsafeDisk):
                 paths |= {layer.path for layer in disks_.chain_of(disk)}
     return paths
-
-
-def _record(records: domain_records.Records,
-            name: str | None) -> domain_records.Record | None:
-    return next((record for record in records.all()
-                 if record.name == name), None)
 
 
 def _with_file(record: domain_records.Record,
@@ -185,6 +188,8 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
     :returns: whether it was the last one
     """
     assert around.guest is not None
+    if guest is None:
+        _check_known(around.guest, merge)
     chain = _chain(around.guest, merge.target)
     paths = [layer.path for layer in chain]
     if merge.top in paths:
@@ -193,12 +198,6 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
             if _commit_by_job(guest, merge, merge.top == paths[0]):
                 return True
         else:
-            if os.path.exists(merge.note):
-                raise exception.UndoFailed(
-                    f'libvirt died when {merge.target} was about to be '
-                    f'written to {merge.base} in place of {merge.top}, and '
-                    f'the guest is off now: nobody knows which of them is '
-                    f'newer ({merge.note})')
             _commit(around, merge, upper)
             _put_on_base(around, merge, paths[:0])
             if merge.top == paths[0]:
@@ -215,9 +214,28 @@ def _is_merged(around: undo.Surroundings, guest: guests.Guest | None,
             disks_.Layer(merge.top, external_files.FORMAT)))
     if child is not None:
         _put_on_base(around, merge, paths)
-    elif around.guest.defined_disks().get(merge.target) == merge.top:
-        around.guest.define_disks({merge.target: merge.lower})
+    else:
+        _define_lower(around.guest, merge)
     return True
+
+
+def _check_known(guest: guests.Guest, merge: Merge) -> None:
+    """See that it is known what a guest that is off has written to.
+
+    :raises UndoFailed: if it is not
+    """
+    if guest.defined_disks().get(merge.target) == merge.nowhere.path:
+        raise exception.UndoFailed(
+            f'libvirt died when {merge.target} was about to be written to '
+            f'{merge.base} in place of {merge.top}, and the guest is off '
+            f'now: nobody knows which of them is newer, and it is not '
+            f'started from either ({merge.note})')
+
+
+def _define_lower(guest: guests.Guest, merge: Merge) -> None:
+    if guest.defined_disks().get(merge.target) in (
+            merge.top, merge.nowhere.path):
+        guest.define_disks({merge.target: merge.lower})
 
 
 def _chain(guest: guests.Guest, target: str) -> tuple[disks_.Layer, ...]:
@@ -236,8 +254,10 @@ def _commit_by_job(guest: guests.Guest, merge: Merge,
     :raises UndoFailed: if the job ends before it is done
     """
     if guest.block_job(merge.target) is None:
-        if os.path.exists(merge.note) and _is_done_by_qemu(guest, merge):
-            return True
+        if os.path.exists(merge.note):
+            if _is_done_by_qemu(guest, merge):
+                return True
+            _call_off(guest, merge)
         try:
             guest.start_commit(merge.target, merge.base, merge.top, active)
         except guests.LibvirtError as error:
@@ -267,17 +287,42 @@ def _pivot(guest: guests.Guest, merge: Merge) -> None:
 
     If libvirtd dies in this, QEMU may have done it and libvirt not know, from
     then on (seen with libvirt 9.0 and 11.3): what is in the upper layer gets
-    old. The note stays then.
+    old, and with newer data below it is neither. Before, the lower one lacks
+    what QEMU has not copied yet. So there must be no moment in which the
+    guest could be started from the wrong one, whoever does that: until it is
+    known, its definition names a file that is not there. libvirt leaves that
+    alone in the pivot, because it is not what the guest runs from.
     """
-    with open(merge.note, 'ab') as note:
+    with open(merge.note, 'w') as note:
+        note.write(
+            f'{merge.target} of {guest.name} was about to be written to '
+            f'{merge.base} in place of {merge.top}. Until it is known '
+            f'whether it was, the domain is not started from either.\n')
+        note.flush()
         os.fsync(note.fileno())
+    undo.flush_directory(os.path.dirname(merge.note))
+    if guest.is_persistent():
+        guest.define_disks({merge.target: merge.nowhere})
     try:
         guest.pivot(merge.target)
     except guests.LibvirtError as error:
-        if not error.of_connection:
-            os.unlink(merge.note)
+        if not error.of_connection and not _is_done_by_qemu(guest, merge):
+            _call_off(guest, merge)
         raise
-    os.unlink(merge.note)
+    _define_lower(guest, merge)
+    _remove_note(merge)
+
+
+def _call_off(guest: guests.Guest, merge: Merge) -> None:
+    """There is no job that could have the guest write to the lower layer.
+
+    Nothing is changed unless QEMU has the upper one open.
+    """
+    if not any(merge.top in chain for chain in guest.open_chains()):
+        return
+    if guest.defined_disks().get(merge.target) == merge.nowhere.path:
+        guest.define_disks({merge.target: merge.upper})
+    _remove_note(merge)
 
 
 def _is_done_by_qemu(guest: guests.Guest, merge: Merge) -> bool:
@@ -290,8 +335,7 @@ def _is_done_by_qemu(guest: guests.Guest, merge: Merge) -> bool:
     if any(merge.top in chain for chain in chains) or not any(
             merge.base in chain for chain in chains):
         return False
-    if guest.defined_disks().get(merge.target) == merge.top:
-        guest.define_disks({merge.target: merge.lower})
+    _define_lower(guest, merge)
     LOG.warning(
         'QEMU of %s has committed %s into %s, and libvirt, which died '
         'meanwhile, does not know it: other jobs of %s fail until the guest '
@@ -352,7 +396,7 @@ def delete(guest: guests.Guest, record: domain_records.Record,
     with guards.Guard() as guard, undo.UndoLog.create(
             records.state_directory, guest, host) as log:
         # What was left over may have changed it, or been its deletion.
-        found = _record(records, record.name)
+        found = records.named(record.name)
         if found is None:
             return
         record = found

@@ -466,6 +466,19 @@ class Guest:
             '' if source is None else source.get('file', ''),
             mirror.get('ready') == 'yes')
 
+    def is_out_of_date(self, target: str) -> bool:
+        """Whether libvirt shows a block job of a disk that QEMU does not have.
+
+        QEMU has ended it and libvirt died meanwhile (seen with 9.0 and 11.3):
+        the guest writes to another file than libvirt says from then on. Once
+        its memory was saved, it would be started from the wrong one.
+        """
+        return any(
+            disk.target_of(element) == target
+            and element.find('mirror') is not None
+            for element in self.description().findall('./devices/disk')
+        ) and self.block_job(target) is None
+
     def begin_backup(self, description: str) -> None:
         """Begin a backup job, with scratch files made beforehand.
 

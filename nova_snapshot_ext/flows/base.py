@@ -127,4 +127,8 @@ def why_block_job(guest: guests.Guest, disks: Disks) -> str | None:
         job = guest.block_job(disk.target)
         if job is not None:
             return f'{disk.target} has a block job ({job.kind}) already'
+        if guest.is_out_of_date(disk.target):
+            return (f'libvirt does not know what {disk.target} is written to, '
+                    f'since it died in the end of a block job: shut the '
+                    f'guest down, and start it again')
     return None

@@ -30,6 +30,7 @@ import fixtures
 import libvirt
 
 from nova_snapshot_ext.cmd import snapshot as cli
+from nova_snapshot_ext import disk as disks
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
@@ -472,6 +473,13 @@ class LibvirtdTest(ExternalTestCase):
         connection = self.libvirtd.connect()
         self.addCleanup(connection.close)
         guest.domain = connection.lookupByUUIDString(guest.uuid)
+        self._finish(guest)
+        for path in self.images.iterdir():
+            path.unlink()
+        self._start_anew(guest)
+
+    def _finish(self, guest: guests.Guest) -> None:
+        """Do what is left to be done."""
         for path in self.state.glob('*.undo'):
             ours = self.ours(guest)
             self.assertTrue(guard.bring_back(
@@ -480,14 +488,16 @@ class LibvirtdTest(ExternalTestCase):
         while list(self.state.glob('*.undo')):
             self.assertLess(time.monotonic(), deadline, 'something was left')
             time.sleep(0.1)
-        for path in self.images.iterdir():
-            path.unlink()
-        self._start_anew(guest)
 
     def _start_anew(self, guest: guests.Guest) -> None:
         """Where libvirt does not know what QEMU has done."""
         if '<mirror' not in guest.domain.XMLDesc():
             return
+        for flow in ('cold', 'backup', 'live'):
+            # Saved and started again, it would be made of the wrong file.
+            error = self.assertRaises(
+                exception.NoFlowServes, self.take, guest, flow)
+            self.assertIn('shut the guest down', str(error))
         at = guest.wait_writes_on(20)
         guest.domain.destroy()
         print('libvirt does not know of a pivot', flush=True)
@@ -510,10 +520,13 @@ class LibvirtdTest(ExternalTestCase):
             self.delete_all(guest)
         self.assert_lives(guest)
 
-    def test_pivot_that_libvirt_does_not_know(self):
-        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
-        self.keep(guest, 'one', memory=False)
-        guest.wait_writes_on(20)
+    def _pivot_unknown(self, guest: guests.Guest,
+                       then: typing.Callable[[], object]) -> list[str]:
+        """libvirtd dies in a pivot that QEMU does.
+
+        :param then: is done before anybody looks
+        :returns: the disks of which that was so
+        """
         real = our_guests.Guest.pivot
         killed: list[str] = []
 
@@ -524,9 +537,50 @@ class LibvirtdTest(ExternalTestCase):
                 images.run(*self.libvirtd.inside(
                     sys.executable, '-c', _PIVOT, guest.name))
                 self.libvirtd.start()
+                then()
             real(ours, target)
         self.useFixture(fixtures.MonkeyPatch(
             'nova_snapshot_ext.guest.Guest.pivot', pivot))
+        return killed
+
+    def test_guest_is_not_started_from_what_may_be_old(self):
+        """It is shut down and started after that, before anybody looks."""
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
+        record, _, _ = self.keep(guest, 'one', memory=False)
+        guest.wait_writes_on(20)
+        at: list[int] = []
+
+        def start_anew() -> None:
+            connection = self.libvirtd.connect()
+            self.addCleanup(connection.close)
+            guest.domain = connection.lookupByUUIDString(guest.uuid)
+            at.append(guest.wait_writes_on(50))
+            guest.domain.destroy()
+            error = self.assertRaises(
+                libvirt.libvirtError, guest.domain.create)
+            self.assertIn('.pivoting', str(error))
+        self._pivot_unknown(guest, start_anew)
+        error = self.assertRaises(
+            exception.UndoFailed, domain_snapshot.delete, self.ours(guest),
+            record, self.records(guest), hosts.PlainHost())
+        self.assertIn('nobody knows', str(error))
+        self.assertFalse(guest.domain.isActive())
+        # Who knows says so.
+        self.ours(guest).define_disks({'vda': disks.Layer(
+            record.disks['vda'], 'qcow2')})
+        found = images.check_point_in_time(
+            [(record.disks['vda'], 'qcow2')], in_use=True)
+        self.assertGreaterEqual(found[0][0], at[0] - 1)
+        guest.start()
+        self._finish(guest)
+        self.assert_lives(guest)
+        self.assert_as_before(guest)
+
+    def test_pivot_that_libvirt_does_not_know(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
+        self.keep(guest, 'one', memory=False)
+        guest.wait_writes_on(20)
+        killed = self._pivot_unknown(guest, lambda: None)
         self._killed(guest, lambda: domain_snapshot.delete(
             self.ours(guest), self.records(guest).find('one'),
             self.records(guest), hosts.PlainHost()), lambda: True,

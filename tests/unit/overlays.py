@@ -208,6 +208,9 @@ class OverlayDomain(fakes.FakeDomain):
 
     def _mirror(self, target: str) -> str:
         top, active = self.commits.get(target, ('', False))
+        if self.stale is not None and (
+                self.stale[target] != self.live[target]):
+            top, active = self.stale[target][0], True
         if not active:
             return ''
         return (f'<mirror type="file" job="active-commit" ready="yes">'
@@ -216,6 +219,9 @@ class OverlayDomain(fakes.FakeDomain):
     def monitor(self, domain: object, request: str, flags: int) -> str:
         """QEMU's, which knows what is live."""
         found = []
+        if not self.is_up:
+            raise fakes.libvirt_error(
+                libvirt.VIR_ERR_OPERATION_INVALID, 'domain is not running')
         if json.loads(request)['execute'] == 'query-block':
             for path, _ in self.live.values():
                 found.append({'inserted': {'image': self._image(path)}})
@@ -282,7 +288,10 @@ class OverlayDomain(fakes.FakeDomain):
         top, active = self.commits.pop(target)
         assert active
         self.files.commit(top)
-        self.live[target] = self.defined[target] = self.files.bases[top]
+        # libvirt leaves a definition alone that is of something else.
+        if self.defined[target] == self.live[target]:
+            self.defined[target] = self.files.bases[top]
+        self.live[target] = self.files.bases[top]
         if self.stale is not None:
             self.stale[target] = self.live[target]
 
@@ -296,7 +305,11 @@ class OverlayDomain(fakes.FakeDomain):
         return _disks_xml(self.managed.disks)
 
     def createWithFlags(self, flags: int) -> None:
-        assert all(os.path.exists(path) for path, _ in self.defined.values())
+        for path, _ in (() if self.managed_save else self.defined.values()):
+            if path not in self.files.content:
+                raise fakes.libvirt_error(
+                    libvirt.VIR_ERR_INTERNAL_ERROR,
+                    f"Cannot access storage file '{path}'")
         saved = self.managed if self.managed_save else None
         super().createWithFlags(flags)
         self.managed = None

@@ -21,12 +21,14 @@ from unittest import mock
 import fixtures
 import libvirt
 
+from nova_snapshot_ext import disk
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
 from nova_snapshot_ext import external_files
 from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import external_rollback
+from nova_snapshot_ext.flows import base as base_flow
 from nova_snapshot_ext.flows import domain
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
@@ -559,7 +561,6 @@ class TestDelete(ExternalTestCase):
             if done:
                 pivot(target, flags)
                 self.overlaid.stale = before
-                self.overlaid.defined = dict(before)
                 # What the overlay has gets old.
                 self.overlaid.write('later')
                 self.present = self.overlaid.reads()
@@ -573,8 +574,102 @@ class TestDelete(ExternalTestCase):
         self.delete('one')
         self.assertIn('does not know it', self.output.output)
         self.assert_present()
+        # Saved and started again, it would be made of the wrong file.
+        self.assertIn('shut the guest down', base_flow.why_block_job(
+            self.guest, self.guest.disks()) or '')
         self.overlaid.stale = None
+        self.assertIsNone(base_flow.why_block_job(
+            self.guest, self.guest.disks()))
         self.assert_clean()
+
+    def die_both_in_pivot(self, done: bool) -> tuple[str, str]:
+        """libvirtd and whoever deletes die in the pivot of vda, and the guest
+        runs on until it is shut down.
+
+        :returns: the upper and the lower file of vda
+        """
+        self.take('one')
+        pivot = self.overlaid.blockJobAbort
+
+        def die(target: str, flags: int) -> None:
+            self.overlaid.blockJobAbort = pivot  # type: ignore
+            defined = dict(self.overlaid.defined)
+            if done:
+                pivot(target, flags)
+                self.overlaid.defined = defined
+            self.files.dead = True
+            raise overlays.Killed
+        self.overlaid.blockJobAbort = die  # type: ignore[method-assign]
+        files = (self.overlaid.live['vda'][0],
+                 self.record('one').disks['vda'])
+        with contextlib.suppress(overlays.Killed):
+            self.delete('one')
+        self.files.dead = False
+        self.overlaid.write('later')
+        self.present = self.overlaid.reads()
+        self.overlaid.commits.clear()
+        self.domain.off()
+        return files
+
+    def test_guest_is_never_started_from_what_may_be_old(self) -> None:
+        """Before anybody has seen what QEMU has done."""
+        for done in (True, False):
+            upper, lower = self.die_both_in_pivot(done)
+            self.assertRaisesRegex(
+                libvirt.libvirtError, r'\.pivoting',
+                self.domain.createWithFlags, 0)
+            self.assertRaisesRegex(
+                exception.UndoFailed, 'nobody knows', self.finish)
+            # Who does know has the definition say so.
+            self.guest.define_disks({'vda': disk.Layer(
+                *((lower, 'qcow2') if done else (upper, 'qcow2')))})
+            self.domain.createWithFlags(0)
+            self.assert_present()
+            self.finish()
+            self.assert_present()
+            self.assert_clean()
+
+    def finish(self) -> None:
+        undo.finish_left_over(self.state, self.guest, self.host)
+
+    def test_nothing_is_between_the_note_and_the_pivot(self) -> None:
+        """Its definition names the upper layer, or what is not there."""
+        self.take('one')
+        upper = self.overlaid.live['vda'][0]
+        seen: list[tuple[str, bool]] = []
+
+        def look(*words: object) -> None:
+            seen.append((self.overlaid.defined['vda'][0],
+                         os.path.exists(f'{upper}.pivoting')))
+        for name in ('define', 'pivot'):
+            self.domain.before[name] = look
+        self.delete('one')
+        self.assertEqual(
+            [(upper, True), (f'{upper}.pivoting.unknown', True),
+             (f'{upper}.pivoting.unknown', True)], seen[:3])
+        self.assertFalse(os.path.exists(f'{upper}.pivoting.unknown'))
+        self.assert_clean()
+
+    def test_pivot_that_is_refused_is_called_off(self) -> None:
+        self.take('one')
+        upper = self.overlaid.live['vda'][0]
+        self.domain.errors['pivot'] = fakes.libvirt_error(
+            libvirt.VIR_ERR_OPERATION_FAILED)
+        self.assertRaises(exception.UndoFailed, self.delete, 'one')
+        self.assertEqual(upper, self.overlaid.defined['vda'][0])
+        self.assertFalse(os.path.exists(f'{upper}.pivoting'))
+        self.domain.errors.clear()
+        self.finish()
+        self.assert_present()
+        self.assert_clean()
+
+    def test_guest_whose_definition_is_gone_gets_none(self) -> None:
+        self.take('one')
+        self.domain.persistent = False
+        self.overlaid.defined = self.overlaid.live
+        self.delete('one')
+        self.assertEqual([], self.journal.of('define'))
+        self.assert_present()
 
     def test_names_of_qemu_with_options(self) -> None:
         """So it calls what is opened otherwise than its header says."""
