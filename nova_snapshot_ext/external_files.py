@@ -19,10 +19,12 @@ No other file is ever deleted.
 import contextlib
 import os
 import re
+import stat
 import time
 
 from nova_snapshot_ext import disk as disks_
 from nova_snapshot_ext import exception
+from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import qemu_img
 
 FORMAT = 'qcow2'
@@ -68,17 +70,43 @@ def overlays_in(directory: str) -> list[str]:
         and entry.is_file(follow_symlinks=False))
 
 
-def create_overlay(path: str, below: disks_.Layer, capacity: int) -> None:
+def why_not_given(path: str) -> str | None:
+    """Why an overlay can't belong to whom a disk does, None if it can.
+
+    :param path: of what the guest's disk is now
+    """
+    status = os.stat(path)
+    if os.geteuid() == 0 or (
+            status.st_uid == os.geteuid()
+            and status.st_gid in (os.getegid(), *os.getgroups())):
+        return None
+    return (f'user {os.geteuid()} can not give an overlay to user '
+            f'{status.st_uid} and group {status.st_gid}, whom {path} belongs '
+            f'to')
+
+
+def create_overlay(path: str, below: disks_.Layer, capacity: int, like: str,
+                   host: hosts.Host) -> None:
     """Make an overlay, in which nothing is written yet.
+
+    libvirt gives it to QEMU's user, and nobody does where ``qemu.conf`` has
+    ``dynamic_ownership = 0``: then QEMU can open what its disk allows it to.
 
     :param below: what it is based on, which is not opened: its guest may have
         it open
     :param capacity: of the disk, in bytes
+    :param like: path of what the guest's disk is now, which it belongs with
     """
     qemu_img.run('create', '-q', '-u', '-f', FORMAT, '-F', below.format,
                  '-b', below.path, path, str(capacity))
-    # libvirt gives it to QEMU's user.
-    os.chmod(path, 0o600)
+    status = os.stat(like)
+    # Who else may read is for who may have it all.
+    everybody = stat.S_IRWXO if status.st_mode & stat.S_IWOTH else 0
+    os.chmod(path, status.st_mode & (stat.S_IRWXG | everybody) & 0o666
+             | stat.S_IRUSR | stat.S_IWUSR)
+    made = os.stat(path)
+    if (made.st_uid, made.st_gid) != (status.st_uid, status.st_gid):
+        host.give_disk(os.path.realpath(path), status.st_uid, status.st_gid)
 
 
 def base_of(path: str) -> str | None:

@@ -30,6 +30,7 @@ from nova_snapshot_ext import external_files
 from nova_snapshot_ext import external_merge
 from nova_snapshot_ext import external_snapshot
 from nova_snapshot_ext import guest as guests
+from nova_snapshot_ext import host as hosts
 from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import power
 from nova_snapshot_ext import rollback_obstacles
@@ -49,7 +50,8 @@ def obstacle(guest: guests.Guest, record: domain_records.Record,
     held = external_snapshot.held_disks(guest)
     why = (rollback_obstacles.why_not_now(guest, held)
            or _why_other_disks(held, record, current)
-           or _why_no_files(record))
+           or _why_no_files(record)
+           or _why_not_given(held, record))
     if why is None and record.rollback is domain_records.Rollback.MEMORY:
         why = (domain_snapshot.why_no_memory(guest, held)
                or _why_more_disks(held, record)
@@ -91,6 +93,16 @@ def _why_no_files(record: domain_records.Record) -> str | None:
     return None
 
 
+def _why_not_given(held: collections.abc.Sequence[disks_.Disk],
+                   record: domain_records.Record) -> str | None:
+    for disk in held:
+        if disk.target in record.disks:
+            why = external_files.why_not_given(disk.path)
+            if why is not None:
+                return why
+    return None
+
+
 class Way(rollback_way.Way):
     """To an external one."""
 
@@ -119,7 +131,7 @@ class Way(rollback_way.Way):
                 new=new, life=life, paused=paused,
                 current=self.records.current, uuid=self.guest.uuid,
                 state_directory=self.records.state_directory)
-            self._make(new)
+            self._make(new, now, log.surroundings.host)
             with self.pause.measured(), log.calling():
                 self._take_down(life)
                 files = _overlays(new)
@@ -132,13 +144,14 @@ class Way(rollback_way.Way):
             back.drop()
             self.done = True
 
-    def _make(self, new: dict[str, str]) -> None:
+    def _make(self, new: dict[str, str], now: dict[str, disks_.Disk],
+              host: hosts.Host) -> None:
         assert self.record.files is not None
         for target, path in new.items():
             external_files.create_overlay(
                 path, disks_.Layer(self.record.disks[target],
                                    self.record.files.formats[target]),
-                self.record.capacities[target])
+                self.record.capacities[target], now[target].path, host)
 
     def _take_down(self, life: str | None) -> None:
         if life is None:

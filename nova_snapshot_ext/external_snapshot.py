@@ -98,6 +98,9 @@ def _why_no_file(held: base.Disks) -> str | None:
         if not os.access(directory, os.W_OK | os.X_OK):
             return (f'user {os.getuid()} can not make an overlay of '
                     f'{disk.target} in {directory}')
+        why = external_files.why_not_given(disk.path)
+        if why is not None:
+            return why
     return None
 
 
@@ -205,7 +208,8 @@ def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,
     for disk in held:
         external_files.create_overlay(
             overlays[disk.target], disks_.Layer(disk.path, disk.format),
-            record.capacities[disk.target])
+            record.capacities[disk.target], disk.path,
+            log.surroundings.host)
     consistency = frozen.Consistency.CRASH
     if up:
         consistency = _of_guest_that_is_up(

@@ -35,6 +35,7 @@ from testtools import content
 from testtools import content_type
 
 PREFIX = 'nova-snapshot-ext-functional-'
+_MORE = '# Of one test:\n'
 
 _shared: 'Libvirtd | None' = None
 _shared_lock = threading.Lock()
@@ -139,6 +140,17 @@ class Libvirtd:
             self._tell('start')
             self._running = True
 
+    def configure(self, lines: str = '') -> None:
+        """Start libvirtd anew with more lines in its qemu.conf.
+
+        :param lines: in place of those of an earlier call.
+        """
+        path = self.path / 'etc' / 'qemu.conf'
+        common = path.read_text().partition(_MORE)[0]
+        path.write_text(f'{common}{_MORE}{lines}\n')
+        self.kill()
+        self.start()
+
     def connect(self) -> libvirt.virConnect:
         """Open a connection that receives events.
 
@@ -217,8 +229,7 @@ class LibvirtFixture(fixtures.Fixture):
 
     def _setUp(self) -> None:
         self.libvirtd = shared()
-        self.connection = self.libvirtd.connect()
-        self.addCleanup(self.connection.close)
+        self._connect()
         self.addCleanup(self.libvirtd.remove_domains)
         log = self.libvirtd.path / 'libvirtd.log'
         start = log.stat().st_size
@@ -228,6 +239,19 @@ class LibvirtFixture(fixtures.Fixture):
 
         self.addDetail('libvirtd.log',
                        content.Content(content_type.UTF8_TEXT, read))
+
+    def _connect(self) -> None:
+        self.connection = self.libvirtd.connect()
+        self.addCleanup(self.connection.close)
+
+    def configure(self, lines: str) -> None:
+        """Have more lines in libvirt's qemu.conf for as long as this lasts.
+
+        :param lines: of it.
+        """
+        self.libvirtd.configure(lines)
+        self.addCleanup(self.libvirtd.configure)
+        self._connect()
 
 
 def _remove_domain(domain: libvirt.virDomain) -> None:

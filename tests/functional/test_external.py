@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,58 @@ class ExternalTest(ExternalTestCase):
         self.back(guest, record, counter)
         self.delete_all(guest)
         self.assert_lives(guest)
+
+
+class OwnershipTest(ExternalTestCase):
+    """libvirt changes the owner of no file (qemu.conf, dynamic_ownership)."""
+
+    def setUp(self):
+        super().setUp()
+        self.host.configure('dynamic_ownership = 0')
+        self.connection = self.host.connection
+
+    def _guest(self, user: str, group: str, mode: int) -> guests.Guest:
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'),
+                           start=False)
+        for disk in guest.disks:
+            shutil.chown(disk.path, user, group)
+            disk.path.chmod(mode)
+        guest.start()
+        return guest
+
+    def _serves(self, guest: guests.Guest) -> None:
+        owner = [(status.st_uid, status.st_gid, status.st_mode) for status in
+                 (disk.path.stat() for disk in guest.disks)]
+
+        def assert_owner() -> None:
+            self.assertEqual(owner, [
+                (status.st_uid, status.st_gid, status.st_mode)
+                for status in (os.stat(path) for path, _ in self.now(guest))])
+        with_memory, _, counter = self.keep(guest, 'memory')
+        assert_owner()
+        guest.wait_writes_on(20)
+        disks_alone, _, _ = self.keep(guest, 'disks', memory=False)
+        guest.wait_writes_on(20)
+        self.back(guest, with_memory, counter)
+        assert_owner()
+        self.revert(guest, disks_alone)
+        self.assert_lives(guest)
+        guest.domain.destroy()
+        self.keep(guest, 'off')
+        assert_owner()
+        guest.start()
+        self.assert_lives(guest)
+        self.delete_all(guest)
+        self.assert_lives(guest)
+        guest.domain.destroy()
+        guest.start()
+        self.assert_lives(guest)
+
+    def test_disks_of_qemus_user(self):
+        self._serves(self._guest('libvirt-qemu', 'libvirt-qemu', 0o600))
+
+    def test_disks_of_qemus_group(self):
+        self._serves(self._guest('root', 'libvirt-qemu', 0o660))
 
 
 class CommandTest(ExternalTestCase, test_cli.CommandTestCase):

@@ -15,6 +15,7 @@
 import contextlib
 import json
 import os
+import types
 import typing
 from unittest import mock
 
@@ -274,12 +275,59 @@ class TestObstacle(ExternalTestCase):
                 'size="512"/></slices></source>'))
         self.assertIn('vdb is a part (slice)', self.obstacle())
 
+    def test_disk_of_another_user(self) -> None:
+        """Nobody gives it the overlay where libvirt does not."""
+        self.take('one')
+        self.journal.clear()
+        path = self.overlaid.live['vda'][0]
+        self.patch_name('os.geteuid', lambda: os.getuid() + 1000)
+        self.assertIn('can not give an overlay', self.obstacle())
+        error = self.assertRaises(
+            exception.RollbackRefused, self.revert, 'one')
+        self.assertIn(f'whom {path} belongs to', str(error))
+        self.assertEqual([], self.journal.of(
+            'qemu-img c', 'destroy', 'managedSave', 'define'))
+
     def test_directory_that_is_not_ours(self) -> None:
         self.patch_name('os.access', lambda path, mode: not mode & os.W_OK)
         self.assertIn('can not make an overlay', self.obstacle())
 
 
 class TestTake(ExternalTestCase):
+
+    def test_overlay_belongs_to_whom_the_disk_does(self) -> None:
+        """libvirt may be told not to see to that (dynamic_ownership)."""
+        real = os.stat
+        theirs = {self.overlaid.live['vdb'][0]}
+
+        def stat(path: typing.Any, **more: typing.Any) -> typing.Any:
+            found = real(path, **more)
+            if path not in theirs:
+                return found
+            return types.SimpleNamespace(
+                st_mode=found.st_mode, st_blocks=found.st_blocks,
+                st_uid=64055, st_gid=108)
+        self.patch_name('os.stat', stat)
+        self.patch_name('os.geteuid', lambda: 0)
+        for disk_mode, mode in ((0o600, 0o600), (0o644, 0o640),
+                                (0o660, 0o660), (0o666, 0o666)):
+            for path, _ in self.overlaid.live.values():
+                os.chmod(path, disk_mode)
+            self.journal.clear()
+            self.take('one')
+            made = {target: path for target, (path, _)
+                    in self.overlaid.live.items()}
+            self.assertEqual([f'chown {made["vdb"]} 64055 108'],
+                             self.journal.of('chown'))
+            theirs.add(made['vdb'])
+            self.journal.clear()
+            self.revert('one')
+            self.assertEqual(
+                [f'chown {self.overlaid.live["vdb"][0]} 64055 108'],
+                self.journal.of('chown'))
+            for path, _ in self.overlaid.live.values():
+                self.assertEqual(mode, real(path).st_mode & 0o777)
+            self.delete('one')
 
     def test_guest_writes_to_overlays_and_below_is_read(self) -> None:
         for memory in (False, True):
