@@ -479,6 +479,10 @@ def delete(guest: guests.Guest, record: domain_records.Record,
         external_merge.delete(guest, record, records, host)
         return
     undo.finish_left_over(records.state_directory, guest, host)
+    # No guard: whatever dies in this, the guest is neither paused nor taken
+    # down, and can be started if it is off. QEMU, or qemu-img, takes the
+    # snapshot out of the file's table by one write, before it frees what the
+    # snapshot held. So nobody but the disk's room has to wait.
     with undo.UndoLog.create(records.state_directory, guest, host) as log:
         job = guest.job()
         if job is not None:

@@ -15,6 +15,7 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,20 @@ DELETE = test_killed.STOPPING + textwrap.dedent('''
     domain_snapshot.delete(
         ours, records.find(name), records, host.PlainHost())
 ''')
+
+
+# Says when QEMU, or qemu-img, is about to delete one.
+DELETE_NOTED = DELETE.replace('uri, uuid, name', textwrap.dedent('''
+    from nova_snapshot_ext import internal_snapshot
+
+    delete = internal_snapshot._delete_snapshot
+
+    def noted(*arguments):
+        print('at work', flush=True)
+        delete(*arguments)
+    internal_snapshot._delete_snapshot = noted
+
+    uri, uuid, name'''), 1)
 
 
 class DomainTestCase(test_flows.SnapshotTestCase):
@@ -670,8 +685,10 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
             self.assertEqual(0, process.wait())
             return 1
         self.assertEqual('here\n', process.stdout.readline())
+        life = guest.domain.ID()
         process.kill()
         process.wait()
+        self._assert_unharmed(guest, life)
         self._recover()
         left = [each.name for each in self.records(guest).all()]
         self.assertIn(len(left), (1, 2))
@@ -681,6 +698,64 @@ class KilledTest(DomainTestCase, test_killed.KilledTestCase):
         print(f'deletion killed at {number:2} {steps[number - 1]}: '
               f'{len(left)} left', flush=True)
         return EVERY
+
+    def _assert_unharmed(self, guest: guests.Guest, life: int) -> None:
+        """Nobody guards a deletion: nothing has to be done for the guest.
+
+        :param life: its number before
+        """
+        self.assertEqual([], self._guards())
+        if life >= 0:
+            self.assertEqual(life, guest.domain.ID())
+            self.assert_lives(guest)
+            return
+        self.assertFalse(guest.domain.isActive())
+        guest.start()
+        self.assert_lives(guest)
+        guest.domain.destroy()
+
+    def test_deleting_in_the_middle_of_qemus_work(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'),
+                           churn=True)
+        self.keep(guest, 'stays')
+        for power in (lambda: None, guest.domain.destroy):
+            for number in range(4):
+                if not guest.domain.isActive():
+                    guest.start()
+                name = self.keep(guest, f'goes {number}')[0].name
+                self._forget_image()
+                guest.wait_writes_on(20)
+                power()
+                life = guest.domain.ID()
+                process = subprocess.Popen(
+                    [sys.executable, '-c', DELETE_NOTED, self.libvirtd.uri,
+                     guest.uuid, name, str(self.state), '0'],
+                    stdout=subprocess.PIPE, text=True,
+                    start_new_session=True)
+                self.addCleanup(self._end, process)
+                assert process.stdout is not None
+                while process.stdout.readline() != 'at work\n':
+                    pass
+                time.sleep(random.uniform(0, 0.03))
+                # With what it has started.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                left = name in self.held(guest)
+                self._assert_unharmed(guest, life)
+                self._recover()
+                self.wait_undone()
+                self.assertNotIn(name, self.held(guest))
+                self.assertNotIn(name, self.held(guest, 1))
+                print(f'deletion killed at work: {left} left', flush=True)
+        guest.start()
+        self.assert_lives(guest)
+        self.delete_all(guest)
+        guest.domain.destroy()
+        for disk in guest.disks:
+            # What was freed and not noted as such would be a leak, no more.
+            self.assertIn(subprocess.run(
+                ['qemu-img', 'check', '-q', '-f', 'qcow2', disk.path],
+                capture_output=True).returncode, (0, 3))
 
     def _reverting(self, guest: guests.Guest, name: str, last: int,
                    script: str = REVERT) -> 'subprocess.Popen[str]':
