@@ -48,7 +48,8 @@ ROWS: tuple[tuple[Room, ...], ...] = (
         'progress')),),
     (Room('Flows', (
         'flows.', 'external_snapshot', 'external_rollback',
-        'rollback_obstacles', 'rollback_way')),
+        'domain_obstacles', 'rollback_obstacles',
+        'rollback_way')),
      Room('Transfers', ('transfers.',)),
      Room('Image services', ('images.',))),
     (Room('How disks are frozen', (

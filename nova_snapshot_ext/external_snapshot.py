@@ -24,6 +24,7 @@ import os
 from xml.etree import ElementTree
 
 from nova_snapshot_ext import disk as disks_
+from nova_snapshot_ext import domain_obstacles
 from nova_snapshot_ext import domain_records
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import exception
@@ -37,9 +38,6 @@ from nova_snapshot_ext import power
 from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
-from nova_snapshot_ext import workspace
-
-_GIB = 1024 ** 3
 
 
 def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
@@ -80,9 +78,11 @@ def obstacle(guest: guests.Guest, disks: base.Disks,
             or base.why_not_readable(held)
             or _why_no_file(held)
             or _why_not_by_headers(guest, held)
-            or (_why_no_memory(guest, held, request) if with_memory
+            or (domain_obstacles.why_no_memory(guest, request, held)
+                if with_memory
                 else quiesce.obstacle(guest, request) if up else None)
-            or _why_no_room(guest, held, with_memory, request))
+            or domain_obstacles.why_no_room(
+                guest, held, with_memory, request))
 
 
 def _why_not_off(guest: guests.Guest) -> str | None:
@@ -130,53 +130,6 @@ def _why_not_by_headers(guest: guests.Guest, held: base.Disks) -> str | None:
 
 def _names(chain: tuple[disks_.Layer, ...]) -> list[tuple[str, str]]:
     return [(os.path.realpath(layer.path), layer.format) for layer in chain]
-
-
-def _why_no_memory(guest: guests.Guest, held: tuple[disks_.Disk, ...],
-                   request: requests.Request) -> str | None:
-    if request.quiesce is requests.Quiesce.REQUIRED:
-        # They would be frozen after each rollback.
-        return ('the guest must be quiesced, which a snapshot with memory is '
-                'not (--no-memory)')
-    why = domain_snapshot.why_no_memory(guest, held)
-    return None if why is None else f'{why} (--no-memory)'
-
-
-def _why_no_room(guest: guests.Guest, held: base.Disks, with_memory: bool,
-                 request: requests.Request) -> str | None:
-    wish = request.domain
-    records = domain_records.Records(
-        request.state_directory, guest.uuid).all()
-    if not all(record.external for record in records):
-        return ('it has internal snapshots, which can not be gone back to '
-                'from an overlay: delete them before')
-    if len(records) >= wish.most:
-        return (f'it has {len(records)} domain snapshots, and [snapshot_ext] '
-                f'max_domain_snapshots = {wish.most}: delete one')
-    directory = os.path.dirname(held[0].path)
-    memory = guest.memory_bytes() if with_memory else 0
-    free = workspace.free_bytes(directory)
-    if free < memory:
-        return (f'its memory may take {memory} bytes in {directory}, where '
-                f'{free} are free')
-    size = sum(guest.capacity(disk.target) for disk in held)
-    taken = _taken_bytes(held, records)
-    if wish.most_gb and taken + memory - size > wish.most_gb * _GIB:
-        return (f'its disks of {size} bytes take {taken} on the host, and its '
-                f'memory may add {memory}; [snapshot_ext] '
-                f'max_domain_snapshots_gb = {wish.most_gb} is what may be '
-                f'beyond their size: delete a domain snapshot')
-    return None
-
-
-def _taken_bytes(held: base.Disks,
-                 records: list[domain_records.Record]) -> int:
-    paths = {disk.path for disk in held}
-    for record in records:
-        assert record.files is not None
-        paths |= {*record.disks.values(), record.files.memory}
-    return sum(os.stat(path).st_blocks * 512 for path in paths
-               if os.path.exists(path))
 
 
 def take(guest: guests.Guest, request: requests.Request, log: undo.UndoLog,

@@ -19,10 +19,9 @@ from it while the guest runs on. Once the image is whole the snapshot stays.
 
 import collections.abc
 import contextlib
-import os
 
 from nova_snapshot_ext import disk_source
-from nova_snapshot_ext import domain_records
+from nova_snapshot_ext import domain_obstacles
 from nova_snapshot_ext import domain_snapshot
 from nova_snapshot_ext import external_rollback  # noqa: F401 # undo steps
 from nova_snapshot_ext import external_snapshot
@@ -33,8 +32,6 @@ from nova_snapshot_ext import quiesce
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import undo
 from nova_snapshot_ext import workspace
-
-_GIB = 1024 ** 3
 
 
 class DomainFlow(base.Flow):
@@ -60,9 +57,11 @@ class DomainFlow(base.Flow):
         with_memory = up and request.domain.memory
         return ((base.why_no_job_can_start(guest, held) if up else None)
                 or base.why_not_readable(disks)
-                or (_why_no_memory(guest, request) if with_memory
+                or (domain_obstacles.why_no_memory(guest, request)
+                    if with_memory
                     else quiesce.obstacle(guest, request) if up else None)
-                or _why_no_room(guest, held, with_memory, request))
+                or domain_obstacles.why_no_room(
+                    guest, held, with_memory, request))
 
     @contextlib.contextmanager
     def freeze(
@@ -87,40 +86,3 @@ class DomainFlow(base.Flow):
                 taken.consistency, pause, properties=taken.properties(),
                 keep=taken.keep)
             taken.entry.outlive_scope()
-
-
-def _why_no_memory(guest: guests.Guest,
-                   request: requests.Request) -> str | None:
-    if request.quiesce is requests.Quiesce.REQUIRED:
-        # They would be frozen after each rollback.
-        return ('the guest must be quiesced (os_require_quiesce), which a '
-                'snapshot with memory is not (snapshot_memory=false)')
-    why = domain_snapshot.why_no_memory(guest)
-    return None if why is None else f'{why} (snapshot_memory=false)'
-
-
-def _why_no_room(guest: guests.Guest, held: base.Disks, with_memory: bool,
-                 request: requests.Request) -> str | None:
-    wish = request.domain
-    records = domain_records.Records(
-        request.state_directory, guest.uuid).all()
-    if any(record.external for record in records):
-        return ('it has external snapshots, which it could not go back to '
-                'then: delete them before')
-    if len(records) >= wish.most:
-        return (f'it has {len(records)} domain snapshots, and [snapshot_ext] '
-                f'max_domain_snapshots = {wish.most}: delete the image of one')
-    memory = guest.memory_bytes() if with_memory else 0
-    directory = os.path.dirname(held[0].path)
-    free = workspace.free_bytes(directory)
-    if free < memory:
-        return (f'its memory may take {memory} bytes in {directory}, where '
-                f'{free} are free')
-    size = sum(guest.capacity(disk.target) for disk in held)
-    taken = sum(os.stat(disk.path).st_blocks * 512 for disk in held)
-    if wish.most_gb and taken + memory - size > wish.most_gb * _GIB:
-        return (f'its disks of {size} bytes take {taken} on the host, and its '
-                f'memory may add {memory}; [snapshot_ext] '
-                f'max_domain_snapshots_gb = {wish.most_gb} is what may be '
-                f'beyond their size: delete the image of a domain snapshot')
-    return None

@@ -245,7 +245,7 @@ class TestObstacle(ExternalTestCase):
                         lambda path: 1)
         self.assertIn('its memory may take', self.obstacle())
         self.patch_name(
-            'nova_snapshot_ext.external_snapshot._taken_bytes',
+            'nova_snapshot_ext.domain_obstacles._taken_bytes',
             lambda held, records: 2 * 1024 ** 3)
         self.assertIn('max_domain_snapshots_gb = 1', self.obstacle(
             memory=False, most_gb=1))
