@@ -337,7 +337,8 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
     records = domain_records.Records(state_directory, uuid)
     stays = records.named(safety)
     if stays is None and _is_left_alone(around, guest, target, safety, life):
-        other = _is_another_life(guest, target, life, records)
+        other = _is_another_life(
+            around, guest, target, safety, life, records)
         if other:
             records.set_current(current)
         stays = _give_up(guest, target, safety, paths, records, other)
@@ -381,11 +382,15 @@ def is_at(guest: guests.Guest, name: str) -> bool:
             or guest.current_domain_snapshot() == name)
 
 
-def _is_another_life(guest: guests.Guest, target: str, life: str | None,
+def _is_another_life(around: undo.Surroundings, guest: guests.Guest,
+                     target: str, safety: str, life: str | None,
                      records: domain_records.Records) -> bool:
     """Whether somebody else has started a guest that is up, and from disks
     that may be of then, of now, or some of each."""
-    if guest.life() == life:
+    # libvirt names a life as it did an earlier one if it was restarted in
+    # between; but it has taken one down whose state is in a snapshot.
+    if (guest.life() == life and not around.rebooted
+            and guest.current_domain_snapshot() != safety):
         return False
     if guest.domain_snapshot(target) is None:
         # All disks were of then before they were current.

@@ -396,6 +396,11 @@ class TestDomainSnapshots(CommandTestCase):
         self.assertIsNone(found['current'])
         self.assertEqual(['title a', 'title b', 'title c'], [
             each['title'] for each in found['snapshots']])
+        self.records.replace(dataclasses.replace(
+            self.records.all()[0], image_id=''))
+        self.run_command('tree', fakes.UUID)
+        self.assertIn('title a: memory, 2026-01-01T00:00:00Z, no image\n',
+                      self.out.getvalue())
         self.records.forget()
         self.run_command('tree', fakes.UUID)
         self.assertEqual('', self.out.getvalue())

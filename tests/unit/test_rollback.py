@@ -606,6 +606,18 @@ class TestComeBack(RollbackTestCase):
             self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
             self.records.remove(SAFETY)
 
+    def test_life_that_is_named_as_an_earlier_one(self) -> None:
+        """libvirtd, or the host, was restarted while the guest was off."""
+        for rebooted, current in ((False, SAFETY), (True, None)):
+            self.domain.current_snapshot = current
+            self.come_back(owner_died=True, rebooted=rebooted)
+            self.assertEqual([], self.done())
+            self.assertIsNotNone(self.records.named(SAFETY))
+            self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+            self.records.remove(SAFETY)
+            self.domain.snapshots = {SAFETY: '<domainsnapshot/>',
+                                     TARGET: '<domainsnapshot/>'}
+
     def test_what_does_not_hold_all_is_not_kept(self) -> None:
         self.domain.number = 2
         self.domain.snapshots.pop(SAFETY)
