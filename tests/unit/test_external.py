@@ -13,6 +13,7 @@
 """External snapshots, whoever dies and when: nothing reads other data."""
 
 import contextlib
+import itertools
 import json
 import os
 import types
@@ -661,7 +662,7 @@ class TestDelete(ExternalTestCase):
 
     def test_guest_is_never_started_from_what_may_be_old(self) -> None:
         """Before anybody has seen what QEMU has done."""
-        for done in (True, False):
+        for done, up in itertools.product((True, False), repeat=2):
             upper, lower = self.die_both_in_pivot(done)
             self.assertRaisesRegex(
                 libvirt.libvirtError, r'\.pivoting',
@@ -671,11 +672,14 @@ class TestDelete(ExternalTestCase):
             # Who does know has the definition say so.
             self.guest.define_disks({'vda': disk.Layer(
                 *((lower, 'qcow2') if done else (upper, 'qcow2')))})
-            self.domain.createWithFlags(0)
+            if up:
+                self.domain.createWithFlags(0)
             self.assert_present()
             self.finish()
             self.assert_present()
             self.assert_clean()
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+            self.overlaid.live = dict(self.overlaid.defined)
 
     def finish(self) -> None:
         undo.finish_left_over(self.state, self.guest, self.host)
