@@ -392,10 +392,12 @@ def _is_another_life(around: undo.Surroundings, guest: guests.Guest,
     if (guest.life() == life and not around.rebooted
             and guest.current_domain_snapshot() != safety):
         return False
-    if guest.domain_snapshot(target) is None:
-        # All disks were of then before they were current.
-        return records.current != target
-    return not is_at(guest, target)
+    if guest.domain_snapshot(target) is not None:
+        return not is_at(guest, target)
+    # With memory, libvirt was not told yet where it was to go. Without, all
+    # disks were of then before that was current.
+    return (guest.domain_snapshot(safety) is not None
+            or records.current != target)
 
 
 def _give_up(guest: guests.Guest, target: str, safety: str,

@@ -210,6 +210,8 @@ class _Way(rollback_way.Way):
                 if self._life is not None:
                     self.guest.destroy()
                 self._hold_disks()
+                # Not until all of them are what they were.
+                self.records.set_current(None)
                 for path in self._paths:
                     internal_snapshot.apply_named(
                         path, self.record.name, self._log)

@@ -413,6 +413,22 @@ class TestDisks(RollbackTestCase):
         self.assertEqual([TARGET], self.qemu_img.snapshots)
         self.assertEqual(TARGET, self.records.current)
 
+    def test_snapshot_is_current_when_all_disks_are_of_then(self) -> None:
+        """Also if the guest's state descended from it before."""
+        self.records.set_current(TARGET)
+        seen: list[str | None] = []
+        real = self.qemu_img.run
+
+        def run(*arguments: str, **more: typing.Any) -> str:
+            if arguments[1] == '-a':
+                seen.append(self.records.current)
+            return real(*arguments, **more)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', run)
+        self.domain.before['createWithFlags'] = (
+            lambda: seen.append(self.records.current))
+        self.revert()
+        self.assertEqual([None, TARGET], seen)
+
     def test_guest_that_can_not_be_started_is_what_it_was(self) -> None:
         def fail() -> None:
             del self.domain.before['createWithFlags']
@@ -486,11 +502,11 @@ class TestComeBack(RollbackTestCase):
         self.now += 1.0
 
     def come_back(self, life: str | None = '1', paused: bool = False,
-                  **around: bool) -> None:
+                  current: str | None = None, **around: bool) -> None:
         domain_snapshot.come_back(
             undo.Surroundings(self.guest, self.host, **around),
             target=TARGET, safety=SAFETY, paths=[self.path], life=life,
-            paused=paused, current=None, uuid=fakes.UUID,
+            paused=paused, current=current, uuid=fakes.UUID,
             state_directory=self.state)
 
     def done(self) -> list[str]:
@@ -604,6 +620,19 @@ class TestComeBack(RollbackTestCase):
             self.come_back(owner_died=True)
             self.assertEqual([], self.done())
             self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+            self.records.remove(SAFETY)
+
+    def test_guest_that_was_to_go_back_to_its_last_snapshot(self) -> None:
+        """Its state descends from that one in any case."""
+        for snapshots, now in (({SAFETY: '<domainsnapshot/>'}, TARGET),
+                               ({}, None)):
+            self.domain.number = 2
+            self.domain.snapshots = dict(snapshots)
+            self.records.set_current(now)
+            self.come_back(owner_died=True, current=TARGET)
+            self.assertEqual([], self.done())
+            self.assertEqual(TARGET, self.records.current)
+            self.assertIsNotNone(self.records.named(SAFETY))
             self.records.remove(SAFETY)
 
     def test_life_that_is_named_as_an_earlier_one(self) -> None:
