@@ -56,6 +56,8 @@ def called() -> dict[str, tuple[int, tuple[str, ...]]]:
         found['nova.utils:get_sdk_adapter'] = (1, ('admin', 'ksa_auth'))
     else:
         found['nova.utils:_get_auth_and_session'] = (1, ('ksa_auth',))
+        found['nova.utils:get_ksa_adapter'] = (
+            1, ('ksa_auth', 'ksa_session'))
     if not _processes_at_startup():
         found['nova.compute.manager:'
               'ComputeManager._destroy_evacuated_instances'] = (3, ())
@@ -112,9 +114,17 @@ def image_proxy(auth: typing.Any) -> typing.Any:
         return nova_utils.get_sdk_adapter('image', admin=False, ksa_auth=auth)
     # What that does in the releases that have it.
     _, session = nova_utils._get_auth_and_session('glance', ksa_auth=auth)
-    return connection.Connection(
-        session=session, oslo_conf=nova_utils.CONF,
-        service_types={'image'}).image
+    made = connection.Connection(
+        session=session, oslo_conf=nova_utils.CONF, service_types={'image'})
+    if not made.config.get_endpoint('image'):
+        # openstacksdk asks the auth plugin which versions there are. A
+        # request's tells it from 34 on, as keystoneauth1's, which sends a
+        # service's token beside it, does in 34's time. Those before know the
+        # catalog's endpoint and nothing else.
+        made.config.set_service_value(
+            'endpoint_override', 'image', nova_utils.get_ksa_adapter(
+                'image', ksa_auth=auth, ksa_session=session).get_endpoint())
+    return made.image
 
 
 class _OlderLibvirtDriver(

@@ -85,6 +85,12 @@ class CloudTestCase(testtools.TestCase):
         run(TOOL, 'configure', '--reset',
             *(f'--set={setting}' for setting in settings))
 
+    def nova_release(self) -> int:
+        """The release of Nova that the cloud has."""
+        found = re.search(r'^nova +(\d+)$', run(TOOL, 'status'), re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
     # Servers
 
     def network(self) -> str:

@@ -16,11 +16,13 @@ TestStart rests on the manager of the installed one; the rest gives it, and
 takes from it, what another release has.
 """
 
+import threading
 import types
 import typing
 from unittest import mock
 
 from keystoneauth1 import noauth
+from keystoneauth1 import token_endpoint
 from nova.compute import manager as managers
 import nova.conf
 from nova import context as nova_context
@@ -32,6 +34,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova_snapshot_ext import driver
 from nova_snapshot_ext import nova_compat
+from tests import fake_glance
 from tests.unit import base
 from tests.unit import nova_config
 
@@ -105,24 +108,93 @@ class TestRights(CompatTestCase):
         self.give(nova_utils, 'get_sdk_adapter', adapter)
         self.give(nova_utils, '_get_auth_and_session',
                   lambda group, ksa_auth: (None, f'{group} of {ksa_auth}'))
-        made: list[dict[str, typing.Any]] = []
-        self.patch_name('openstack.connection.Connection', lambda **options: (
-            made.append(options), types.SimpleNamespace(image='proxy'))[1])
+        self.give(nova_utils, 'get_ksa_adapter',
+                  lambda service, ksa_auth, ksa_session: (
+                      types.SimpleNamespace(get_endpoint=lambda: (
+                          f'{service} by {ksa_session}'))))
+        made = self.connections()
         self.assertEqual('proxy', nova_compat.image_proxy('auth'))
         self.assertEqual([{
             'session': 'glance of auth', 'oslo_conf': nova.conf.CONF,
-            'service_types': {'image'}}], made)
+            'service_types': {'image'},
+            'image': 'image by glance of auth'}], made)
 
     def test_proxy_has_rights_by_the_installed_nova(self) -> None:
         nova_config.use(self)
-        made: list[dict[str, typing.Any]] = []
-        self.patch_name('openstack.connection.Connection', lambda **options: (
-            made.append(options), types.SimpleNamespace(image='proxy'))[1])
+        made = self.connections()
         auth = noauth.NoAuth(endpoint='http://glance')
         self.assertEqual('proxy', nova_compat.image_proxy(auth))
         self.assertIs(auth, made[0]['session'].auth)
         self.assertEqual({'image'}, made[0]['service_types'])
         self.assertIs(nova.conf.CONF, made[0]['oslo_conf'])
+
+    def connections(self) -> list[dict[str, typing.Any]]:
+        """What openstacksdk's are made of, and which endpoints they get."""
+        made: list[dict[str, typing.Any]] = []
+
+        def connect(**options: typing.Any) -> object:
+            made.append(options)
+            return types.SimpleNamespace(
+                image='proxy', config=types.SimpleNamespace(
+                    get_endpoint=options.get,
+                    set_service_value=lambda key, service, value: (
+                        options.update({service: value}))))
+        self.patch_name('openstack.connection.Connection', connect)
+        return made
+
+
+class TestImageService(CompatTestCase):
+    """The installed Nova and openstacksdk find an image service."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.config = nova_config.use(self)
+        self.server = fake_glance.FakeGlance()
+        thread = threading.Thread(
+            target=self.server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.server.add()
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+
+    def assert_found(self, catalog: str) -> None:
+        """A request finds an image.
+
+        :param catalog: the endpoint in its catalog
+        """
+        proxy = driver._glance(nova_context.RequestContext(
+            user_id='u', project_id='p', auth_token='token',
+            service_catalog=[{
+                'type': 'image', 'name': 'glance', 'endpoints': [{
+                    'region': 'here', 'publicURL': catalog}]}]))
+        self.assertEqual(
+            'queued', proxy.get_image(fake_glance.IMAGE).status)
+
+    def test_by_a_request(self) -> None:
+        self.assert_found(self.url)
+
+    def test_by_a_request_with_the_token_of_a_service(self) -> None:
+        self.give(service_auth, '_AUTHS', {
+            'service_user': token_endpoint.Token('http://none', 'theirs')})
+        self.give(service_auth, '_SERVICE_AUTH',
+                  token_endpoint.Token('http://none', 'theirs'))
+        self.config(send_service_user_token=True, group='service_user')
+        self.assert_found(self.url)
+
+    def test_by_an_endpoint_with_version(self) -> None:
+        self.assert_found(f'{self.url}/v2')
+
+    def test_where_it_is_set(self) -> None:
+        self.config(endpoint_override=self.url, group='glance')
+        self.assert_found('http://127.0.0.1:1')
+
+    def test_by_rights_of_our_own(self) -> None:
+        proxy = nova_compat.image_proxy(
+            token_endpoint.Token(f'{self.url}/v2', 'ours'))
+        self.assertEqual(
+            'queued', proxy.get_image(fake_glance.IMAGE).status)
 
 
 class Manager(managers.ComputeManager):     # type: ignore[misc]

@@ -81,6 +81,12 @@ def overrides(state: cloud_state.State) -> dict[str, dict[str, object]]:
     return _choices(state).get('overrides', {})  # type: ignore[return-value]
 
 
+def backend(state: cloud_state.State) -> str | None:
+    """Which concurrency backend is asked for."""
+    asked = overrides(state).get('DEFAULT', {}).get('concurrency_backend')
+    return None if asked is None else str(asked)
+
+
 def _split(name: str) -> tuple[str, str]:
     section, dot, option = name.partition('.')
     if not (section and dot and option):

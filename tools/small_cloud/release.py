@@ -10,7 +10,8 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Which release of Nova the cloud has, and what is beside it in its time."""
+"""Which release of Nova the cloud has, and what differs from one to another:
+what is beside it in its time, and how it is told its concurrency backend."""
 
 import pathlib
 
@@ -40,6 +41,21 @@ def constraints(state: cloud_state.State) -> pathlib.Path:
 def of(state: cloud_state.State) -> int:
     chosen = _choice(state)
     return int(chosen.read_text()) if chosen.exists() else DEFAULT
+
+
+def compute_environment(
+    state: cloud_state.State, backend: str | None
+) -> dict[str, str]:
+    """What tells nova-compute its concurrency backend, beside its files.
+
+    :param backend: as [DEFAULT] concurrency_backend has it, if it is set
+    """
+    # That option is from 34 on. Before, the environment alone says so, and
+    # eventlet is the default.
+    if backend is None or of(state) >= 34:
+        return {}
+    threads = '1' if backend == 'threading' else '0'
+    return {'OS_NOVA_DISABLE_EVENTLET_PATCHING': threads}
 
 
 def choose(state: cloud_state.State, release: int | None) -> None:

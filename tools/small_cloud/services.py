@@ -20,9 +20,11 @@ import socket
 import time
 
 from small_cloud import backing_conf
+from small_cloud import compute_conf
 from small_cloud import endpoints
 from small_cloud import errors
 from small_cloud import processes
+from small_cloud import release
 from small_cloud import state as cloud_state
 from small_cloud import wsgi
 
@@ -135,7 +137,12 @@ def catalogue(state: cloud_state.State) -> dict[str, Service]:
                 str(etc / 'nova' / 'nova-cpu.conf'),
             ),
             user='nova',
-            environment={'HOME': str(state.nova)},
+            environment={
+                'HOME': str(state.nova),
+                **release.compute_environment(
+                    state, compute_conf.backend(state)
+                ),
+            },
         ),
     ]
     return {service.name: service for service in services}
