@@ -117,7 +117,8 @@ class GuideTest(base.CloudTestCase):
         words = command.split()
         for name in PLACES:
             words = [place(word, name, places) for word in words]
-        done = subprocess.run(words, env=self.environment,
+        # One asks whether it is meant.
+        done = subprocess.run(words, env=self.environment, input='y\n',
                               capture_output=True, text=True)
         self.assertEqual(0, done.returncode,
                          f'{command}: {done.stdout}{done.stderr}')
