@@ -219,10 +219,13 @@ def _configuration(options: argparse.Namespace) -> typing.Any:
     configuration = cfg.ConfigOpts()
     confs.register_opts(configuration)
     logging.register_options(configuration)
+    # Nova's, of which its state directory follows.
+    configuration.register_opt(cfg.StrOpt('state_path'))
     try:
         configuration(
             [], project='nova-snapshot',
             default_config_files=options.config_file)
+        options.state_path = configuration.state_path
     except cfg.Error as error:
         raise exception.InvalidSetting(
             '--config-file', ', '.join(options.config_file),
@@ -257,7 +260,7 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
         options.staging or os.environ.get('TMPDIR')
         or '/var/tmp')  # nosec B108 # what is made there has its own directory
     return settings.request(
-        configuration, staging, _state_directory_of(configuration),
+        configuration, staging, _state_directory_of(options, configuration),
         image_format=getattr(options, 'format', 'qcow2'),
         compress=getattr(options, 'compress', False),
         quiesce=requests.Quiesce(
@@ -273,21 +276,21 @@ def _request(options: argparse.Namespace, configuration: typing.Any,
             most_gb=configuration.max_domain_snapshots_gb))
 
 
-def _state_directory_of(configuration: typing.Any) -> str:
-    return configuration.state_directory or _state_directory()
+def _state_directory_of(options: argparse.Namespace,
+                        configuration: typing.Any) -> str:
+    if configuration.state_directory:
+        return str(configuration.state_directory)
+    if options.state_path:
+        return _below(options.state_path)
+    return _state_directory()
 
 
 def _state_directory() -> str:
     """Nova's where there is one: its snapshots and ours exclude each other
     by the undo log's lock."""
     nova = '/var/lib/nova'
-    if os.access(nova, os.W_OK) and (
-            os.geteuid() in (0, os.stat(nova).st_uid)):
-        path = os.path.join(nova, 'snapshot-ext')
-        if not os.path.isdir(path):
-            # Whoever makes it first, it is Nova's.
-            rights.make_owners(path)
-        return path
+    if _is_ours_to_use(nova):
+        return _below(nova)
     if os.geteuid() == 0:
         return '/var/lib/nova-snapshot-ext'
     return os.path.join(
@@ -295,9 +298,23 @@ def _state_directory() -> str:
         or os.path.expanduser('~/.local/state'), 'nova-snapshot-ext')
 
 
+def _is_ours_to_use(nova: str) -> bool:
+    return os.access(nova, os.W_OK) and (
+        os.geteuid() in (0, os.stat(nova).st_uid))
+
+
+def _below(nova: str) -> str:
+    """nova-compute's state directory, below Nova's ``state_path``."""
+    path = os.path.join(nova, 'snapshot-ext')
+    if _is_ours_to_use(nova) and not os.path.isdir(path):
+        # Whoever makes it first, it is Nova's.
+        rights.make_owners(path)
+    return path
+
+
 def _recover(options: argparse.Namespace, configuration: typing.Any) -> int:
     code = 0
-    directory = _state_directory_of(configuration)
+    directory = _state_directory_of(options, configuration)
     for found in recovery.recover(directory, options.dry_run, options.force):
         words = f', {found.words}' if found.words else ''
         print(f'{found.path}: {found.outcome.value}{words}')
@@ -424,7 +441,7 @@ def _shown_progress(
 def _tree(options: argparse.Namespace, configuration: typing.Any,
           guest: guests.Guest) -> int:
     records = domain_records.Records(
-        _state_directory_of(configuration), guest.uuid)
+        _state_directory_of(options, configuration), guest.uuid)
     current = records.current
     if options.json:
         print(json.dumps({
@@ -487,7 +504,7 @@ def _chosen(options: argparse.Namespace, configuration: typing.Any,
             f'"openstack server rebuild" and deleted with their images '
             f'(--force)')
     records = domain_records.Records(
-        _state_directory_of(configuration), guest.uuid)
+        _state_directory_of(options, configuration), guest.uuid)
     record = records.find(options.snapshot)
     if record is None:
         known = ', '.join(each.title for each in records.all())

@@ -314,14 +314,18 @@ class Trial(harness.Trial):
         self.subject.guest.wait_writes_on()
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--minutes', type=float, default=10.0)
     parser.add_argument('--way', default='')
     parser.add_argument('--fault', default='')
     parser.add_argument('--results', type=pathlib.Path)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = _parser().parse_args()
     chance = random.Random(options.seed)
     begun = time.monotonic()
     passed = failed = 0

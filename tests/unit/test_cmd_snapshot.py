@@ -686,6 +686,29 @@ class TestStateDirectory(base.TestCase):
         self.assertEqual(path, cmd._state_directory())
         self.assertEqual([path], made)
 
+    def configured(self, text: str) -> str:
+        """The directory with a configuration of Nova's."""
+        path = self.new_file('nova.conf', text.encode())
+        options = cmd._parser().parse_args(
+            ['--config-file', path, 'recover', '--dry-run'])
+        return cmd._state_directory_of(options, cmd._configuration(options))
+
+    def test_it_follows_from_novas_configuration(self) -> None:
+        self.patch_name('oslo_log.log.setup', lambda *arguments: None)
+        nova = self.new_directory('nova')
+        expected = os.path.join(nova, 'snapshot-ext')
+        self.assertEqual(expected, self.configured(
+            f'[DEFAULT]\nstate_path = {nova}\n'))
+        self.assertEqual(0o711, os.stat(expected).st_mode & 0o777)
+        self.assertEqual('/srv/undo', self.configured(
+            f'[DEFAULT]\nstate_path = {nova}\n'
+            f'[snapshot_ext]\nstate_directory = /srv/undo\n'))
+
+    def test_novas_that_is_not_there_is_not_made(self) -> None:
+        self.patch_name('oslo_log.log.setup', lambda *arguments: None)
+        self.assertEqual('/none/snapshot-ext', self.configured(
+            '[DEFAULT]\nstate_path = /none\n'))
+
 
 class TestUnforeseen(CommandTestCase):
 

@@ -23,7 +23,9 @@ import sys
 import types
 
 import nova_snapshot_ext
+from nova_snapshot_ext import qcow2
 from nova_snapshot_ext import snapshot
+from nova_snapshot_ext import workspace
 from tests.unit import base
 
 PACKAGE = os.path.dirname(nova_snapshot_ext.__file__)
@@ -264,3 +266,42 @@ def _properties_in(node: ast.AST) -> collections.abc.Iterator[str]:
                     case ast.Subscript(slice=ast.Constant(value=str(name)),
                                        ctx=ast.Store()):
                         yield f'{snapshot.PROPERTY}{name}'
+
+
+class TestLimits(base.TestCase):
+    """Those of the page of limits that are constants."""
+
+    UNITS = {'s': 1, 'h': 3600, 'bytes': 1, 'MiB': 1024 ** 2,
+             'GiB': 1024 ** 3, 'PiB': 1024 ** 5, '': 1}
+    #: what follows of constants
+    COMPUTED = {
+        'workspace.py': {workspace.MAX_SOCKET_PARENT},
+        # Entries of 8 bytes, of L2 tables of a cluster of 64 KiB.
+        'qcow2.py': {qcow2._MAX_L1 // 8 * (2 ** 16 // 8) * 2 ** 16}}
+
+    def test_each_is_in_the_module_that_is_named(self) -> None:
+        found = re.findall(
+            r'([^(|;]*) \(``([\w/]+\.py)``',
+            re.sub(r'\s+', ' ', re.sub(
+                r'^ +[*-] ', '|', read('admin', 'waits.rst'), flags=re.M)))
+        self.assertGreater(len(found), 25)
+        for words, module in found:
+            constants = self.COMPUTED.get(
+                module, constants_of(os.path.join(PACKAGE, module)))
+            for number, unit in re.findall(
+                    r'\b(\d+)(?: (s|h|bytes|[MGP]iB))?\b', words):
+                self.assertIn(int(number) * self.UNITS[unit], constants,
+                              f'{words} ({module})')
+
+
+def constants_of(path: str) -> set[float]:
+    """Numbers in a module, and what it computes of numbers alone."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.Constant, ast.BinOp)) and all(
+                isinstance(part, (ast.Constant, ast.BinOp, ast.operator))
+                for part in ast.walk(node)):
+            value = eval(ast.unparse(node))
+            if isinstance(value, (int, float)):
+                found.add(value)
+    return found
