@@ -129,9 +129,16 @@ class TestRebuild(RebuildTestCase):
         self.assertNovaRebuilds()
 
     def test_what_is_no_rollback(self) -> None:
-        for what in ('evacuate', 'preserve_ephemeral',
-                     'reimage_boot_volume'):
+        for what in ('evacuate', 'preserve_ephemeral'):
             self.assertNovaRebuilds(**{what: True})
+
+    def test_request_by_a_newer_version_of_the_api(self) -> None:
+        # From 2.93 on it says so of all servers.
+        for name in ('plug_vifs', 'power_on'):
+            self.patch_name(f'nova.virt.libvirt.driver.LibvirtDriver.{name}',
+                            lambda driver, *what: None)
+        self.rebuild(reimage_boot_volume=True)
+        self.assertEqual(1, len(self.rolled))
 
     def test_libvirt_that_does_not_answer_rebuilds_nothing(self) -> None:
         self.there_error = exception.SnapshotError('libvirt is away')
