@@ -25,11 +25,12 @@ from tests.cloud import test_domain
 COMPUTE = 'nova-compute'
 
 
-class TwoHostsTestCase(test_domain.DomainTestCase):
+class TwoHostsTest(test_domain.DomainTestCase):
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.addCleanup(base.run, base.TOOL, 'second-host', '--end')
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.addClassCleanup(base.run, base.TOOL, 'second-host', '--end')
         base.run(base.TOOL, 'second-host')
 
     def server_with_snapshots(self, network: str | None = None):
@@ -74,8 +75,7 @@ class TwoHostsTestCase(test_domain.DomainTestCase):
         self.assertNotIn('snapshot_ext_parent', image.properties)
         self.roll_back(server, image)
 
-
-class ColdMigrationTest(TwoHostsTestCase):
+    # Cold migration
 
     def test_disk_moves_without_its_snapshots(self):
         server = self.server_with_snapshots(self.network())
@@ -107,8 +107,7 @@ class ColdMigrationTest(TwoHostsTestCase):
         self.assertEqual([], self.held(server))
         self.assert_serves(server)
 
-
-class LiveMigrationTest(TwoHostsTestCase):
+    # Live migration
 
     def test_guest_moves_without_its_snapshots(self):
         server = self.server_with_snapshots()
@@ -136,9 +135,7 @@ class LiveMigrationTest(TwoHostsTestCase):
             server, host=base.SECOND.name)
         self.wait_image(server, image_id)
 
-
-class EvacuationTest(TwoHostsTestCase):
-    """The first host is lost, and comes back."""
+    # Evacuation: the first host is lost, and comes back
 
     def test_server_with_snapshots_is_made_anew_elsewhere(self):
         server = self.server_with_snapshots()
