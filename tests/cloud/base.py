@@ -44,6 +44,8 @@ class Host:
     name: str
     #: nova-compute's state path, as it is seen from here
     nova: pathlib.Path
+    #: the same for its instances
+    instances: pathlib.Path
     #: its libvirtd's
     uri: str
     #: the name of nova-compute's log
@@ -51,7 +53,7 @@ class Host:
 
     @property
     def snapshots_directory(self) -> pathlib.Path:
-        return self.nova / 'instances' / 'snapshots'
+        return self.instances / 'snapshots'
 
     @property
     def state_directory(self) -> pathlib.Path:
@@ -73,16 +75,20 @@ class Host:
         return run('virsh', '-c', self.uri, *arguments)
 
 
-FIRST = Host('small-cloud', ROOT / 'nova', 'qemu:///system', 'nova-compute')
+FIRST = Host('small-cloud', ROOT / 'nova', ROOT / 'nova' / 'instances',
+             'qemu:///system', 'nova-compute')
 # There while a test wants it.
 SECOND = Host(
     'small-cloud-2', ROOT / 'second' / 'nova',
+    ROOT / 'second' / 'nova' / 'instances',
     f'qemu+unix:///system?socket={ROOT}/second/run-libvirt/libvirt-sock',
     'nova-compute-2')
 
 
 class CloudTestCase(testtools.TestCase):
     """A test on the small cloud; servers and images are gone after it."""
+
+    hosts = (FIRST, SECOND)
 
     def setUp(self) -> None:
         super().setUp()
@@ -94,7 +100,7 @@ class CloudTestCase(testtools.TestCase):
 
     def assert_host_is_clean(self) -> None:
         """Nothing of ours is left: files, undo logs, processes."""
-        for host in (FIRST, SECOND):
+        for host in self.hosts:
             self.assertEqual([], host.state_files())
             if host.snapshots_directory.exists():
                 self.assertEqual([], list(host.snapshots_directory.iterdir()))
@@ -155,7 +161,7 @@ class CloudTestCase(testtools.TestCase):
     def host_of(self, server: ty.Any) -> Host:
         """Where a server is now."""
         name = self.compute.get_server(server.id).compute_host
-        return {host.name: host for host in (FIRST, SECOND)}[name]
+        return {host.name: host for host in self.hosts}[name]
 
     def _begin_server(self, image: str, flavor: str,
                       network: str | None) -> ty.Any:
@@ -221,7 +227,7 @@ class CloudTestCase(testtools.TestCase):
         return self.host_of(server).virsh('domstate', server.id).strip()
 
     def disk(self, server: ty.Any) -> pathlib.Path:
-        return self.host_of(server).nova / 'instances' / server.id / 'disk'
+        return self.host_of(server).instances / server.id / 'disk'
 
     def block_device(self, size: int) -> str:
         """A loop device of so many bytes, until the test ends."""

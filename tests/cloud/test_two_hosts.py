@@ -12,6 +12,7 @@
 
 """Servers that go to a second host: what becomes of their snapshots."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,13 +26,16 @@ from tests.cloud import test_domain
 COMPUTE = 'nova-compute'
 
 
-class TwoHostsTest(test_domain.DomainTestCase):
+class TwoHostsTestCase(test_domain.DomainTestCase):
+
+    #: what the second host is started with
+    OPTIONS: tuple[str, ...] = ()
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         cls.addClassCleanup(base.run, base.TOOL, 'second-host', '--end')
-        base.run(base.TOOL, 'second-host')
+        base.run(base.TOOL, 'second-host', *cls.OPTIONS)
 
     def server_with_snapshots(self, network: str | None = None):
         """One that went back to the first of its two snapshots."""
@@ -43,7 +47,7 @@ class TwoHostsTest(test_domain.DomainTestCase):
         return server
 
     def wait_host(self, server, host: base.Host, status: str) -> None:
-        self.wait(lambda: self.host_of(server) == host,
+        self.wait(lambda: self.host_of(server).name == host.name,
                   f'{server.name} to be on {host.name}')
         self.wait_status(server, status)
 
@@ -55,7 +59,7 @@ class TwoHostsTest(test_domain.DomainTestCase):
         about = json.loads(base.run(
             'qemu-img', 'info', '--output=json', '-f', 'qcow2', disk))
         # Each host has it at the same path.
-        backing = (self.host_of(server).nova / 'instances' / '_base'
+        backing = (self.host_of(server).instances / '_base'
                    / os.path.basename(about['backing-filename']))
         tree = {'driver': 'qcow2',
                 'file': {'driver': 'file', 'filename': str(disk)},
@@ -74,6 +78,55 @@ class TwoHostsTest(test_domain.DomainTestCase):
         image = self.take(server)
         self.assertNotIn('snapshot_ext_parent', image.properties)
         self.roll_back(server, image)
+
+    def lose_host(self, server) -> None:
+        """As a power cut would have it."""
+        self.addCleanup(self._force_down, False)
+        self.addCleanup(base.run, base.TOOL, 'restart-compute')
+        base.run(base.TOOL, 'stop-compute', '--kill')
+        if base.FIRST.virsh('domstate', server.id).strip() != 'shut off':
+            base.FIRST.virsh('destroy', server.id)
+        self._force_down(True)
+
+    def _force_down(self, forced: bool) -> None:
+        [service] = self.compute.services(
+            binary=COMPUTE, host=base.FIRST.name)
+        self.compute.update_service_forced_down(service, forced=forced)
+
+    def evacuate(self, server) -> None:
+        self.compute.evacuate_server(server, host=base.SECOND.name)
+        self.wait_host(server, base.SECOND, 'ACTIVE')
+        self.wait_writes(server)
+
+    def regain_host(self, server) -> None:
+        base.run(base.TOOL, 'restart-compute')
+        self._force_down(False)
+        self.wait(lambda: not base.FIRST.state_files(), 'what it had to go')
+        self.assertNotIn(server.id, base.FIRST.virsh(
+            'list', '--all', '--uuid'))
+
+    def move_with_snapshots(self):
+        """While the guest runs."""
+        server = self.server_with_snapshots()
+        at = self.wait_writes(server)
+        self.compute.live_migrate_server(
+            server, host=base.SECOND.name, block_migration='auto')
+        self.assertRaises(
+            exceptions.ConflictException, self.request_snapshot, server)
+        self.wait_host(server, base.SECOND, 'ACTIVE')
+        self.assertEqual('running', self.domain_state(server))
+        self.assertEqual([], self.held(server))
+        self.assertEqual([], base.FIRST.state_files())
+        # On a busy machine QEMU's emulation may hang once it was moved, also
+        # without any snapshot. What it wrote before is there.
+        self.compute.reboot_server(server, 'HARD')
+        self.wait_status(server, 'ACTIVE')
+        self.wait_writes(server)
+        self.assertGreaterEqual(self.booted_from(server), at)
+        self.assert_serves(server)
+
+
+class TwoHostsTest(TwoHostsTestCase):
 
     # Cold migration
 
@@ -110,23 +163,7 @@ class TwoHostsTest(test_domain.DomainTestCase):
     # Live migration
 
     def test_guest_moves_without_its_snapshots(self):
-        server = self.server_with_snapshots()
-        at = self.wait_writes(server)
-        self.compute.live_migrate_server(
-            server, host=base.SECOND.name, block_migration='auto')
-        self.assertRaises(
-            exceptions.ConflictException, self.request_snapshot, server)
-        self.wait_host(server, base.SECOND, 'ACTIVE')
-        self.assertEqual('running', self.domain_state(server))
-        self.assertEqual([], self.held(server))
-        self.assertEqual([], base.FIRST.state_files())
-        # On a busy machine QEMU's emulation may hang once it was moved, also
-        # without any snapshot. What it wrote before is there.
-        self.compute.reboot_server(server, 'HARD')
-        self.wait_status(server, 'ACTIVE')
-        self.wait_writes(server)
-        self.assertGreaterEqual(self.booted_from(server), at)
-        self.assert_serves(server)
+        self.move_with_snapshots()
 
     def test_server_whose_snapshot_is_taken_stays(self):
         self.configure('snapshot_ext.bandwidth=10')
@@ -145,50 +182,46 @@ class TwoHostsTest(test_domain.DomainTestCase):
     def test_server_with_snapshots_is_made_anew_elsewhere(self):
         server = self.server_with_snapshots()
         image = self.compute.get_server(server.id).image.id
-        self._lose_host(server)
-        self._evacuate(server)
+        self.lose_host(server)
+        self.evacuate(server)
         self.assertEqual(image, self.compute.get_server(server.id).image.id)
         self.assertEqual(0, self.booted_from(server))
         self.assertEqual([], self.held(server))
         self.assert_serves(server)
-        self._regain_host(server)
+        self.regain_host(server)
+        self.assertFalse((base.FIRST.instances / server.id).exists())
 
     def test_host_that_was_lost_in_a_snapshot_starts_nothing(self):
         server = self.server()
         image_id = self.request_snapshot(server, snapshot_flow='cold')
         self.wait(lambda: base.FIRST.virsh('domstate', server.id).strip()
                   == 'shut off', 'the guest to be off', interval_s=0)
-        self._lose_host(server)
+        self.lose_host(server)
         self.assertNotEqual([], base.FIRST.state_files())
-        self._evacuate(server)
-        self._regain_host(server)
+        self.evacuate(server)
+        self.regain_host(server)
         self.assertIsNone(self.cloud.image.find_image(image_id))
         self.wait_writes(server)
 
-    def _lose_host(self, server) -> None:
-        """As a power cut would have it."""
-        self.addCleanup(self._force_down, False)
-        self.addCleanup(base.run, base.TOOL, 'restart-compute')
-        base.run(base.TOOL, 'stop-compute', '--kill')
-        if base.FIRST.virsh('domstate', server.id).strip() != 'shut off':
-            base.FIRST.virsh('destroy', server.id)
-        self._force_down(True)
 
-    def _force_down(self, forced: bool) -> None:
-        [service] = self.compute.services(
-            binary=COMPUTE, host=base.FIRST.name)
-        self.compute.update_service_forced_down(service, forced=forced)
+class SharedInstancesTest(TwoHostsTestCase):
 
-    def _evacuate(self, server) -> None:
-        self.compute.evacuate_server(server, host=base.SECOND.name)
-        self.wait_host(server, base.SECOND, 'ACTIVE')
+    OPTIONS = ('--shared',)
+    hosts = (base.FIRST, dataclasses.replace(
+        base.SECOND, instances=base.FIRST.instances))
+
+    def test_guest_moves_without_its_snapshots(self):
+        self.move_with_snapshots()
+
+    def test_server_is_evacuated_with_its_disk(self):
+        server = self.server_with_snapshots()
+        at = self.wait_writes(server)
+        self.lose_host(server)
+        self.evacuate(server)
+        self.assertGreaterEqual(self.booted_from(server), at)
+        self.assert_serves(server)
+        held = self.held(server)
+        self.regain_host(server)
+        # The disk is the other host's now.
+        self.assertEqual(held, self.held(server))
         self.wait_writes(server)
-
-    def _regain_host(self, server) -> None:
-        base.run(base.TOOL, 'restart-compute')
-        self._force_down(False)
-        self.wait(lambda: not base.FIRST.state_files(), 'what it had to go')
-        self.assertNotIn(server.id, base.FIRST.virsh(
-            'list', '--all', '--uuid'))
-        self.assertFalse(
-            (base.FIRST.nova / 'instances' / server.id).exists())

@@ -107,7 +107,7 @@ def _second(state: cloud_state.State, args: argparse.Namespace) -> int:
         if args.end:
             lifecycle.second_down(state)
         else:
-            lifecycle.second_up(state)
+            lifecycle.second_up(state, shared=args.shared)
     return 0
 
 
@@ -225,6 +225,11 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
         'second-host',
         _second,
         'start a second host with nova-compute, for servers to move to',
+    )
+    command.add_argument(
+        '--shared',
+        action='store_true',
+        help='have its instances where the first host has them, as on NFS',
     )
     command.add_argument(
         '--end',

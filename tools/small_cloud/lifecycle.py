@@ -304,11 +304,11 @@ def down(state: cloud_state.State, *, purge: bool) -> None:
     progress.total('in all')
 
 
-def second_up(state: cloud_state.State) -> None:
+def second_up(state: cloud_state.State, *, shared: bool) -> None:
     """Give the cloud, which must be up, a second host."""
     require(state, 'keystone', 'rabbitmq', 'nova-api', 'nova-conductor')
     progress = Progress()
-    second_host.up(state)
+    second_host.up(state, shared=shared)
     progress.done(f'nova-compute on {second_host.NAME}')
 
 

@@ -12,9 +12,10 @@
 
 """The second host: nova-compute and libvirtd in namespaces of this machine.
 
-It has directories of its own for instances, for libvirt and for sockets, and
-a name. The network is the machine's: servers that go from one host to the
-other while they run must have no ports, as both would want the same device.
+It has a name, and directories of its own for libvirt, for sockets and, unless
+both are to share them, for instances. The network is the machine's: servers
+that go from one host to the other while they run must have no ports, as both
+would want the same device.
 """
 
 import pathlib
@@ -45,7 +46,10 @@ def _root(state: cloud_state.State) -> pathlib.Path:
 def _own(state: cloud_state.State) -> dict[pathlib.Path, pathlib.Path]:
     """What is its own, by the path at which it is there."""
     root = _root(state)
-    return {
+    instances = root / 'nova' / state.instances.name
+    # Mounted into what is mounted next.
+    shared = {instances: state.instances} if _is_shared(state) else {}
+    return shared | {
         state.nova: root / 'nova',
         pathlib.Path('/run/libvirt'): root / 'run-libvirt',
         pathlib.Path('/etc/libvirt'): root / 'etc-libvirt',
@@ -53,6 +57,14 @@ def _own(state: cloud_state.State) -> dict[pathlib.Path, pathlib.Path]:
         pathlib.Path('/var/cache/libvirt'): root / 'cache-libvirt',
         pathlib.Path('/var/log/libvirt'): root / 'log-libvirt',
     }
+
+
+def _shared(state: cloud_state.State) -> pathlib.Path:
+    return _root(state) / 'shares-instances'
+
+
+def _is_shared(state: cloud_state.State) -> bool:
+    return _shared(state).exists()
 
 
 def uri(state: cloud_state.State) -> str:
@@ -131,11 +143,14 @@ def catalogue(state: cloud_state.State) -> dict[str, services.Service]:
     return {service.name: service for service in every}
 
 
-def _write(state: cloud_state.State) -> bool:
+def _write(state: cloud_state.State, *, shared: bool) -> bool:
     """Directories and files.
 
     :returns: True if what nova-compute reads has changed.
     """
+    if shared:
+        _root(state).mkdir(mode=0o755, exist_ok=True)
+        _shared(state).touch()
     own = _own(state)
     for directory in own.values():
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -168,9 +183,13 @@ def runs(state: cloud_state.State) -> bool:
     return processes.alive(state, COMPUTE) is not None
 
 
-def up(state: cloud_state.State) -> None:
-    """Start what is missing, beside a cloud that is up."""
-    if _write(state):
+def up(state: cloud_state.State, *, shared: bool) -> None:
+    """Start what is missing, beside a cloud that is up.
+
+    :param shared: whether a host that is not there yet is to have instances
+        where the first one has them
+    """
+    if _write(state, shared=shared and not _root(state).exists()):
         processes.stop(state, COMPUTE, timeout_s=services.COMPUTE_STOP_S)
     every = catalogue(state).values()
     for service in every:
