@@ -12,6 +12,7 @@
 
 """What cloud tests stand on: the small cloud that is up, and its servers."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,36 +37,27 @@ TIMEOUT_S = 240
 EVENT = 'snapshot_ext_snapshot'
 
 
-class CloudTestCase(testtools.TestCase):
-    """A test on the small cloud; servers and images are gone after it."""
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A host with nova-compute."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        os.environ['OS_CLIENT_CONFIG_FILE'] = str(ROOT / 'clouds.yaml')
-        self.cloud = openstack.connect(cloud='small')
-        self.compute = self.cloud.compute
-        self.compute.default_microversion = '2.90'
-        self.addCleanup(self.assert_host_is_clean)
-
-    def assert_host_is_clean(self) -> None:
-        """Nothing of ours is left: files, undo logs, processes."""
-        self.assertEqual([], self.state_files())
-        if self.snapshots_directory.exists():
-            self.assertEqual([], list(self.snapshots_directory.iterdir()))
-        for cmdline in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
-            try:
-                words = cmdline.read_bytes()
-            except OSError:
-                continue
-            self.assertNotIn(str(self.state_directory).encode(), words)
+    name: str
+    #: nova-compute's state path, as it is seen from here
+    nova: pathlib.Path
+    #: the same for its instances
+    instances: pathlib.Path
+    #: its libvirtd's
+    uri: str
+    #: the name of nova-compute's log
+    log: str
 
     @property
     def snapshots_directory(self) -> pathlib.Path:
-        return ROOT / 'nova' / 'instances' / 'snapshots'
+        return self.instances / 'snapshots'
 
     @property
     def state_directory(self) -> pathlib.Path:
-        return ROOT / 'nova' / 'snapshot-ext'
+        return self.nova / 'snapshot-ext'
 
     def state_files(self) -> list[pathlib.Path]:
         """What is in the state directory.
@@ -78,6 +70,53 @@ class CloudTestCase(testtools.TestCase):
         return [path for path in self.state_directory.iterdir()
                 if path.suffix != '.in-flight'
                 or '"failed"' not in path.read_text()]
+
+    def virsh(self, *arguments: str | pathlib.Path) -> str:
+        return run('virsh', '-c', self.uri, *arguments)
+
+
+FIRST = Host('small-cloud', ROOT / 'nova', ROOT / 'nova' / 'instances',
+             'qemu:///system', 'nova-compute')
+# There while a test wants it.
+SECOND = Host(
+    'small-cloud-2', ROOT / 'second' / 'nova',
+    ROOT / 'second' / 'nova' / 'instances',
+    f'qemu+unix:///system?socket={ROOT}/second/run-libvirt/libvirt-sock',
+    'nova-compute-2')
+
+
+class CloudTestCase(testtools.TestCase):
+    """A test on the small cloud; servers and images are gone after it."""
+
+    hosts = (FIRST, SECOND)
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ['OS_CLIENT_CONFIG_FILE'] = str(ROOT / 'clouds.yaml')
+        self.cloud = openstack.connect(cloud='small')
+        self.compute = self.cloud.compute
+        self.compute.default_microversion = '2.90'
+        self.addCleanup(self.assert_host_is_clean)
+
+    def assert_host_is_clean(self) -> None:
+        """Nothing of ours is left: files, undo logs, processes."""
+        for host in self.hosts:
+            self.assertEqual([], host.state_files())
+            if host.snapshots_directory.exists():
+                self.assertEqual([], list(host.snapshots_directory.iterdir()))
+        for cmdline in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+            try:
+                words = cmdline.read_bytes()
+            except OSError:
+                continue
+            self.assertNotIn(str(FIRST.state_directory).encode(), words)
+
+    def state_files(self) -> list[pathlib.Path]:
+        return FIRST.state_files()
+
+    @property
+    def state_directory(self) -> pathlib.Path:
+        return FIRST.state_directory
 
     def configure(self, *settings: str) -> None:
         """Restart nova-compute with settings, until the test ends."""
@@ -125,10 +164,15 @@ class CloudTestCase(testtools.TestCase):
                 self.wait_writes(each)
         return created
 
+    def host_of(self, server: ty.Any) -> Host:
+        """Where a server is now."""
+        name = self.compute.get_server(server.id).compute_host
+        return {host.name: host for host in self.hosts}[name]
+
     def _begin_server(self, image: str, flavor: str,
                       network: str | None) -> ty.Any:
         created = self.compute.create_server(
-            name=f'test-{uuid.uuid4().hex[:8]}',
+            name=f'test-{uuid.uuid4().hex[:8]}', host=FIRST.name,
             networks=[{'uuid': network}] if network else 'none',
             image_id=self.cloud.image.find_image(
                 image, ignore_missing=False).id,
@@ -175,21 +219,21 @@ class CloudTestCase(testtools.TestCase):
                   f'{server.name} to write')
         return self.counter(server)
 
-    def wait(self, true: ty.Callable[[], bool], what: str) -> None:
+    def wait(self, true: ty.Callable[[], bool], what: str,
+             interval_s: float = 0.5) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not true():
             self.assertLess(time.monotonic(), deadline, f'waited for {what}')
-            time.sleep(0.5)
+            time.sleep(interval_s)
 
     def domain_xml(self, server: ty.Any) -> str:
-        return run('virsh', '-c', 'qemu:///system', 'dumpxml', server.id)
+        return self.host_of(server).virsh('dumpxml', server.id)
 
     def domain_state(self, server: ty.Any) -> str:
-        return run('virsh', '-c', 'qemu:///system', 'domstate',
-                   server.id).strip()
+        return self.host_of(server).virsh('domstate', server.id).strip()
 
     def disk(self, server: ty.Any) -> pathlib.Path:
-        return ROOT / 'nova' / 'instances' / server.id / 'disk'
+        return self.host_of(server).instances / server.id / 'disk'
 
     def block_device(self, size: int) -> str:
         """A loop device of so many bytes, until the test ends."""
@@ -229,9 +273,8 @@ class CloudTestCase(testtools.TestCase):
             run(*virsh, 'define', file.name)
         run(*virsh, 'start', server.id)
 
-    def compute_log(self) -> str:
-        return (ROOT / 'log' / 'nova-compute.log').read_text(
-            errors='replace')
+    def compute_log(self, host: Host = FIRST) -> str:
+        return (ROOT / 'log' / f'{host.log}.log').read_text(errors='replace')
 
     # Snapshots
 

@@ -61,7 +61,8 @@ class DomainTestCase(base.CloudTestCase):
 
     def roll_back(self, server, image) -> None:
         """Roll a running server back to a snapshot with its memory."""
-        before, log = self.compute.get_server(server.id), self.compute_log()
+        before, host = self.compute.get_server(server.id), self.host_of(server)
+        log = self.compute_log(host)
         boots = self.console(server).count('booted from')
         instant = self.instant(image)
         began = time.monotonic()
@@ -75,7 +76,7 @@ class DomainTestCase(base.CloudTestCase):
         self.assertTrue(instant <= first <= instant + 1, (instant, first))
         self.assertSame(before, self.compute.get_server(server.id))
         [down] = re.findall(r'did not run for ([\d.]+) s',
-                            self.compute_log().removeprefix(log))[-1:]
+                            self.compute_log(host).removeprefix(log))[-1:]
         self.addDetail(f'rolled back to {image.name}', content.text_content(
             f'in {took:.1f} s, of which the guest was down for {down} s'))
         self.assertLess(float(down), DOWN_S)

@@ -84,6 +84,12 @@ def _restart_compute(
     return 0
 
 
+def _stop_compute(state: cloud_state.State, args: argparse.Namespace) -> int:
+    with state.lock():
+        lifecycle.stop_compute(state, kill=args.kill)
+    return 0
+
+
 def _configure(state: cloud_state.State, args: argparse.Namespace) -> int:
     with state.lock():
         compute_conf.change_overrides(
@@ -93,6 +99,15 @@ def _configure(state: cloud_state.State, args: argparse.Namespace) -> int:
             for name, value in options.items():
                 print(f'{section}.{name}={value}')
         lifecycle.restart_compute(state, driver=args.driver)
+    return 0
+
+
+def _second(state: cloud_state.State, args: argparse.Namespace) -> int:
+    with state.lock():
+        if args.end:
+            lifecycle.second_down(state)
+        else:
+            lifecycle.second_up(state, shared=args.shared)
     return 0
 
 
@@ -181,6 +196,10 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
     command.add_argument('-f', '--follow', action='store_true')
     command.add_argument('-n', '--lines', type=int, default=50)
     command = add(
+        'stop-compute', _stop_compute, 'end nova-compute with SIGTERM'
+    )
+    command.add_argument('--kill', action='store_true', help='SIGKILL instead')
+    command = add(
         'restart-compute',
         _restart_compute,
         'end nova-compute with SIGTERM and start it',
@@ -202,6 +221,21 @@ def _parser(state: cloud_state.State) -> argparse.ArgumentParser:
         '--reset', action='store_true', help='forget every earlier --set first'
     )
     add_driver(command)
+    command = add(
+        'second-host',
+        _second,
+        'start a second host with nova-compute, for servers to move to',
+    )
+    command.add_argument(
+        '--shared',
+        action='store_true',
+        help='have its instances where the first host has them, as on NFS',
+    )
+    command.add_argument(
+        '--end',
+        action='store_true',
+        help='end it, and whatever is on it',
+    )
     command = add(
         'demo',
         _demo,

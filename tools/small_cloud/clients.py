@@ -115,3 +115,14 @@ def provision(
     )
     if done.returncode:
         raise errors.CloudError(done.stdout[-3000:])
+
+
+def wait_reports(
+    state: cloud_state.State, since: Mapping[str, float]
+) -> None:
+    """Wait until Nova's services have reported since they were started.
+
+    :param since: of `binary@host`, when it was started: seconds since the
+        epoch.
+    """
+    provision(state, [('wait_services', {'since': since, 'timeout_s': 120})])

@@ -49,6 +49,7 @@ def _base(state: cloud_state.State) -> ini.Sections:
             'virt_type': 'qemu',
             # Emulated: the host's model would only cost what TCG can't do.
             'cpu_mode': 'none',
+            'live_migration_scheme': 'ssh',
         },
         'vnc': {'enabled': 'false'},
     }
@@ -126,15 +127,22 @@ def change_overrides(
     _choose(state, overrides=changed)
 
 
-def write(state: cloud_state.State) -> bool:
-    """Write nova-cpu.conf.
+def write(
+    state: cloud_state.State,
+    name: str = 'nova-cpu.conf',
+    own: ini.Sections | None = None,
+) -> bool:
+    """Write nova-cpu.conf, or another host's.
 
+    :param own: what that host alone has.
     :returns: True if it changed.
     """
     text = ini.render(
-        ini.merge(_base(state), DRIVERS[driver(state)], overrides(state)),
+        ini.merge(
+            _base(state), DRIVERS[driver(state)], overrides(state), own or {}
+        ),
         'Written by tools/cloud; change it by `tools/cloud configure`.',
     )
     return state.write(
-        state.etc / 'nova' / 'nova-cpu.conf', text, mode=0o640, group='nova'
+        state.etc / 'nova' / name, text, mode=0o640, group='nova'
     )

@@ -16,6 +16,7 @@ import grp
 import pathlib
 import pwd
 import re
+import shutil
 import subprocess
 
 from small_cloud import errors
@@ -44,14 +45,26 @@ def ensure(state: cloud_state.State) -> None:
             ],
             check=True,
         )
+    # No password, and yet not locked: sshd lets it in by its key.
+    subprocess.run(['usermod', '--password', '*', 'nova'], check=True)
     for name in GROUPS:
         if 'nova' not in grp.getgrnam(name).gr_mem:
             subprocess.run(
                 ['usermod', '--append', '--groups', name, 'nova'], check=True
             )
-    state.owned_directory('nova', 'nova')
-    for name in ('instances', 'tmp'):
-        state.owned_directory(f'nova/{name}', 'nova')
+    make_directories(state.nova)
+
+
+def make_directories(home: pathlib.Path) -> None:
+    """What nova-compute needs in its state path."""
+    for path in (home, home / 'instances', home / 'tmp'):
+        path.mkdir(mode=0o755, exist_ok=True)
+        path.chmod(0o755)
+        own(path)
+
+
+def own(path: pathlib.Path) -> None:
+    shutil.chown(path, 'nova', 'nova')
 
 
 def allow_root(state: cloud_state.State) -> None:
@@ -68,8 +81,8 @@ def allow_root(state: cloud_state.State) -> None:
     # Nova's filter lets pass exactly one file below /etc; nova-compute has
     # two, and privsep hands all of them to its helper.
     two = ' '.join(
-        f'--config-file, {re.escape(str(ours / name))},'
-        for name in ('nova.conf', 'nova-cpu.conf')
+        f'--config-file, {re.escape(str(ours))}/{name},'
+        for name in (r'nova\.conf', r'nova-cpu(-2)?\.conf')
     )
     text = (shipped / 'rootwrap.d' / 'compute.filters').read_text()
     filters, count = re.subn(r'--config-file, /etc/\S+,', lambda _: two, text)

@@ -15,6 +15,11 @@
 HOST = '127.0.0.1'
 REGION = 'RegionOne'
 COMPUTE_HOST = 'small-cloud'
+SECOND_HOST = 'small-cloud-2'
+# How the hosts know each other, on the loopback interface both.
+ADDRESSES = {COMPUTE_HOST: HOST, SECOND_HOST: '127.0.0.2'}
+# Where guests that move are taken in: libvirt refuses to name 127.0.0.1.
+MIGRATION = ADDRESSES[SECOND_HOST]
 
 KEYSTONE = 5000
 NOVA = 8774
@@ -24,6 +29,7 @@ NEUTRON = 9696
 RABBIT = 5672
 RABBIT_DISTRIBUTION = 25672
 EPMD = 4369
+SSH = {COMPUTE_HOST: 10022, SECOND_HOST: 10023}
 
 AUTH_URL = f'http://{HOST}:{KEYSTONE}/v3'
 URLS = {

@@ -20,16 +20,18 @@ from small_cloud import state as cloud_state
 URI = 'qemu:///system'
 
 
-def _virsh(*argv: str) -> str:
+def _virsh(uri: str, *argv: str) -> str:
     return subprocess.run(
-        ['virsh', '--quiet', '--connect', URI, *argv],
+        ['virsh', '--quiet', '--connect', uri, *argv],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ).stdout
 
 
-def names(state: cloud_state.State, *, running: bool = False) -> list[str]:
+def names(
+    state: cloud_state.State, uri: str = URI, *, running: bool = False
+) -> list[str]:
     """Domains whose disks lie below this cloud's instances.
 
     Another cloud or a test may have domains on the same libvirtd.
@@ -37,9 +39,9 @@ def names(state: cloud_state.State, *, running: bool = False) -> list[str]:
     return [
         name
         for name in _virsh(
-            'list', '--name', *([] if running else ['--all'])
+            uri, 'list', '--name', *([] if running else ['--all'])
         ).split()
-        if str(state.instances) in _virsh('dumpxml', name)
+        if str(state.instances) in _virsh(uri, 'dumpxml', name)
     ]
 
 
@@ -57,21 +59,22 @@ def processes_left(state: cloud_state.State) -> bool:
     return False
 
 
-def destroy(state: cloud_state.State) -> list[str]:
+def destroy(state: cloud_state.State, uri: str = URI) -> list[str]:
     """Switch every guest off, as a power cut would.
 
     :returns: the names of those that ran.
     """
-    ran = names(state, running=True)
+    ran = names(state, uri, running=True)
     for name in ran:
-        _virsh('destroy', name)
+        _virsh(uri, 'destroy', name)
     return ran
 
 
-def undefine(state: cloud_state.State) -> None:
+def undefine(state: cloud_state.State, uri: str = URI) -> None:
     """Make libvirt forget the guests."""
-    for name in names(state):
+    for name in names(state, uri):
         _virsh(
+            uri,
             'undefine',
             name,
             '--managed-save',

@@ -34,6 +34,7 @@ from small_cloud import packages
 from small_cloud import processes
 from small_cloud import qemu_conf
 from small_cloud import release
+from small_cloud import second_host
 from small_cloud import secrets
 from small_cloud import services
 from small_cloud import state as cloud_state
@@ -50,8 +51,6 @@ CONTROL = (
     'nova-scheduler',
 )
 COMPUTE = 'nova-compute'
-# What systemd's unit of a packaged nova-compute would grant before it kills.
-COMPUTE_STOP_S = 200.0
 
 
 class Progress:
@@ -170,7 +169,7 @@ def _start(state: cloud_state.State, *names: str) -> None:
 def _start_backing(state: cloud_state.State) -> None:
     databases.prepare(state)
     kvm_device.allow_group(state)
-    qemu_conf.allow_chroot()
+    qemu_conf.extend()
     # RabbitMQ would start an epmd of its own, on every address.
     _start(state, 'mariadb', 'epmd', 'virtlogd')
     _start(state, 'rabbitmq', 'libvirtd')
@@ -229,10 +228,8 @@ def _wait_nova(state: cloud_state.State, *names: str) -> None:
             raise errors.CloudError(
                 f'{name} has ended; tools/cloud logs {name}'
             )
-        since[name] = known.started_at
-    clients.provision(
-        state, [('wait_services', {'since': since, 'timeout_s': 120})]
-    )
+        since[f'{name}@{endpoints.COMPUTE_HOST}'] = known.started_at
+    clients.wait_reports(state, since)
 
 
 def restart_compute(
@@ -242,10 +239,9 @@ def restart_compute(
     require(state, 'keystone', 'rabbitmq', 'nova-api', 'nova-conductor')
     compute_conf.choose_driver(state, driver)
     _check_driver(state)
+    stop_compute(state, kill=kill)
     progress = Progress()
-    how = _stop_compute(state, kill=kill)
     compute_conf.write(state)
-    progress.done(f'nova-compute {how or "did not run"}')
     services.start(state, services.catalogue(state)[COMPUTE])
     _wait_nova(state, COMPUTE)
     progress.done(
@@ -253,11 +249,18 @@ def restart_compute(
     )
 
 
+def stop_compute(state: cloud_state.State, *, kill: bool) -> None:
+    """End nova-compute; killed, all that it has started goes with it."""
+    progress = Progress()
+    how = _stop_compute(state, kill=kill)
+    progress.done(f'nova-compute {how or "did not run"}')
+
+
 def _stop_compute(state: cloud_state.State, *, kill: bool) -> str | None:
     return processes.stop(
         state,
         COMPUTE,
-        timeout_s=COMPUTE_STOP_S,
+        timeout_s=services.COMPUTE_STOP_S,
         first=signal.SIGKILL if kill else signal.SIGTERM,
     )
 
@@ -279,6 +282,7 @@ def down(state: cloud_state.State, *, purge: bool) -> None:
         if ended:
             progress.done(f'ended: {" ".join(ended)}')
 
+    _end_second(state, progress)
     stop(COMPUTE)
     if guests.processes_left(state) or purge and state.instances.exists():
         # libvirtd may have died before its guests.
@@ -300,13 +304,39 @@ def down(state: cloud_state.State, *, purge: bool) -> None:
     progress.total('in all')
 
 
+def second_up(state: cloud_state.State, *, shared: bool) -> None:
+    """Give the cloud, which must be up, a second host."""
+    require(state, 'keystone', 'rabbitmq', 'nova-api', 'nova-conductor')
+    progress = Progress()
+    second_host.up(state, shared=shared)
+    progress.done(f'nova-compute on {second_host.NAME}')
+
+
+def second_down(state: cloud_state.State) -> None:
+    """Take it away again, with the guests that are on it."""
+    progress = Progress()
+    _end_second(state, progress)
+    progress.total('in all')
+
+
+def _end_second(state: cloud_state.State, progress: Progress) -> None:
+    if ended := second_host.down(state):
+        progress.done(f'ended: {" ".join(ended)}')
+        if processes.alive(state, 'nova-api'):
+            second_host.forget(state)
+            progress.done(f'Nova has no {second_host.NAME} any more')
+
+
 def status(state: cloud_state.State) -> bool:
     """Print what runs.
 
     :returns: True if all of it does.
     """
     complete = True
-    for name, service in services.catalogue(state).items():
+    every = services.catalogue(state)
+    if second_host.runs(state):
+        every |= second_host.catalogue(state)
+    for name, service in every.items():
         known = processes.alive(state, name)
         if (
             known is None

@@ -45,6 +45,8 @@ DEBIAN = (
     'libvirt-dev',
     'mariadb-client',
     'mariadb-server',
+    'openssh-client',
+    'openssh-server',
     'pkg-config',
     'procps',
     'python3',

@@ -10,18 +10,21 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""QEMU's mount namespaces, which libvirt cannot make inside a chroot.
+"""What this machine's libvirt needs in its qemu.conf while the cloud is up.
 
-libvirt gives every QEMU a mount namespace and begins by changing the mount at
-`/`. Where `/` is a plain directory of a chroot no guest starts: "Failed
-disable mount propagation out of the root filesystem". There, and only there,
-the namespaces are switched off; `down` switches them on again.
+Guests move by the loopback interface. And libvirt gives every QEMU a mount
+namespace and begins by changing the mount at `/`. Where `/` is a plain
+directory of a chroot no guest starts: "Failed disable mount propagation out of
+the root filesystem". There, and only there, the namespaces are switched off.
+`down` puts back what was there.
 """
 
 import pathlib
 
+from small_cloud import endpoints
+
 PATH = pathlib.Path('/etc/libvirt/qemu.conf')
-LINES = '# tools/cloud: no mount at / inside a chroot\nnamespaces = []\n'
+FIRST, LAST = '# tools/cloud: begin\n', '# tools/cloud: end\n'
 
 
 def _root_is_mounted() -> bool:
@@ -29,14 +32,36 @@ def _root_is_mounted() -> bool:
     return any(line.split()[4] == '/' for line in mounts)
 
 
-def allow_chroot() -> None:
+def _without(text: str) -> str:
+    before, first, rest = text.partition(FIRST)
+    return before + rest.partition(LAST)[2] if first else text
+
+
+def _with(text: str) -> str:
+    address = endpoints.MIGRATION
+    lines = [
+        f'migration_address = "{address}"',
+        f'migration_host = "{address}"',
+    ]
+    if not _root_is_mounted():
+        lines.append('namespaces = []')
+    return _without(text) + FIRST + '\n'.join(lines) + '\n' + LAST
+
+
+def extend() -> None:
     """To be called before libvirtd starts: it reads its file once."""
-    if not _root_is_mounted() and LINES not in PATH.read_text():
-        with PATH.open('a') as stream:
-            stream.write(LINES)
+    # Not replaced as a whole, here and below: owner and mode are the
+    # package's.
+    PATH.write_text(_with(PATH.read_text()))
+
+
+def copy(directory: pathlib.Path) -> None:
+    """Write the same into another directory."""
+    path = directory / PATH.name
+    path.touch(mode=0o600)
+    path.write_text(_with(PATH.read_text()))
 
 
 def restore() -> None:
-    if PATH.exists() and LINES in (text := PATH.read_text()):
-        # Not replaced as a whole: owner and mode are the package's.
-        PATH.write_text(text.replace(LINES, ''))
+    if PATH.exists():
+        PATH.write_text(_without(PATH.read_text()))

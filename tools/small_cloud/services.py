@@ -30,6 +30,9 @@ from small_cloud import wsgi
 
 LIBVIRT_SOCKET = pathlib.Path('/run/libvirt/libvirt-sock')
 VIRTLOGD_SOCKET = pathlib.Path('/run/libvirt/virtlogd-sock')
+# What systemd's unit of a packaged nova-compute would grant before it is
+# killed.
+COMPUTE_STOP_S = 200.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +50,25 @@ class Service:
     stop_timeout_s: float = 20
 
 
-def _tcp(port: int) -> bool:
-    with socket.socket() as connection:
-        connection.settimeout(1)
-        return connection.connect_ex((endpoints.HOST, port)) == 0
+def tcp(port: int) -> Callable[[], bool]:
+    def answers() -> bool:
+        with socket.socket() as connection:
+            connection.settimeout(1)
+            return connection.connect_ex((endpoints.HOST, port)) == 0
+
+    return answers
 
 
-def _unix(path: pathlib.Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(1)
-        try:
-            return connection.connect_ex(str(path)) == 0
-        except OSError:
-            return False
+def unix(path: pathlib.Path) -> Callable[[], bool]:
+    def answers() -> bool:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1)
+            try:
+                return connection.connect_ex(str(path)) == 0
+            except OSError:
+                return False
+
+    return answers
 
 
 def _http(port: int) -> bool:
@@ -86,33 +95,33 @@ def catalogue(state: cloud_state.State) -> dict[str, Service]:
         Service(
             'mariadb',
             ('/usr/sbin/mariadbd', f'--defaults-file={etc}/mariadb.cnf'),
-            lambda: _unix(state.mysql_socket),
+            unix(state.mysql_socket),
             user='mysql',
         ),
         Service(
             'epmd',
             ('/usr/bin/epmd', '-address', endpoints.HOST),
-            lambda: _tcp(endpoints.EPMD),
+            tcp(endpoints.EPMD),
             user='rabbitmq',
             shared=True,
         ),
         Service(
             'virtlogd',
             ('/usr/sbin/virtlogd', '-f', f'{etc}/virtlogd.conf'),
-            lambda: _unix(VIRTLOGD_SOCKET),
+            unix(VIRTLOGD_SOCKET),
             shared=True,
         ),
         Service(
             'rabbitmq',
             ('/usr/lib/rabbitmq/bin/rabbitmq-server',),
-            lambda: _tcp(endpoints.RABBIT),
+            tcp(endpoints.RABBIT),
             user='rabbitmq',
             environment=backing_conf.rabbitmq_environment(state),
         ),
         Service(
             'libvirtd',
             ('/usr/sbin/libvirtd', '-f', f'{etc}/libvirtd.conf'),
-            lambda: _unix(LIBVIRT_SOCKET),
+            unix(LIBVIRT_SOCKET),
             shared=True,
         ),
     ]

@@ -116,10 +116,10 @@ def wait_services(
             at = datetime.datetime.fromisoformat(
                 service.updated_at or '1970-01-01'
             )
-            reported[service.binary] = (
-                service.state == 'up'
-                and at.replace(tzinfo=datetime.UTC).timestamp()
-            )
+            # Not its state: one that is forced down reports all the same.
+            reported[f'{service.binary}@{service.host}'] = at.replace(
+                tzinfo=datetime.UTC
+            ).timestamp()
         late = [
             name
             for name, since in orders['since'].items()
@@ -134,8 +134,24 @@ def wait_services(
         time.sleep(0.3)
 
 
+def forget_host(
+    cloud: openstack.connection.Connection, orders: dict[str, Any]
+) -> None:
+    """Delete the service of a host, and its servers, which have no disks."""
+    for server in cloud.compute.servers(
+        all_projects=True, host=orders['host']
+    ):
+        cloud.compute.delete_server(server)
+        cloud.compute.wait_for_delete(server)
+    for service in cloud.compute.services(host=orders['host']):
+        cloud.compute.delete_service(service)
+
+
 def main() -> None:
-    steps = {f.__name__: f for f in (identity, flavors, image, wait_services)}
+    steps = {
+        f.__name__: f
+        for f in (identity, flavors, image, wait_services, forget_host)
+    }
     cloud = openstack.connect()
     for step, orders in json.load(sys.stdin):
         steps[step](cloud, orders)
