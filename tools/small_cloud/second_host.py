@@ -136,7 +136,7 @@ def catalogue(state: cloud_state.State) -> dict[str, services.Service]:
                 '--config-file',
                 f'{etc}/nova/nova-cpu-2.conf',
             ),
-            environment={'HOME': str(state.nova)},
+            environment=services.compute_environment(state),
             stop_timeout_s=services.COMPUTE_STOP_S,
         ),
     )

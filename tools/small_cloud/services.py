@@ -82,6 +82,14 @@ def _http(port: int) -> bool:
         connection.close()
 
 
+def compute_environment(state: cloud_state.State) -> dict[str, str]:
+    """That of nova-compute."""
+    return {
+        'HOME': str(state.nova),
+        **release.compute_environment(state, compute_conf.backend(state)),
+    }
+
+
 def catalogue(state: cloud_state.State) -> dict[str, Service]:
     """Every service, in the order in which they start."""
     etc, bin_ = state.etc, state.bin
@@ -146,12 +154,7 @@ def catalogue(state: cloud_state.State) -> dict[str, Service]:
                 str(etc / 'nova' / 'nova-cpu.conf'),
             ),
             user='nova',
-            environment={
-                'HOME': str(state.nova),
-                **release.compute_environment(
-                    state, compute_conf.backend(state)
-                ),
-            },
+            environment=compute_environment(state),
         ),
     ]
     return {service.name: service for service in services}
