@@ -30,6 +30,7 @@ class TwoHostsTestCase(test_domain.DomainTestCase):
 
     #: what the second host is started with
     OPTIONS: tuple[str, ...] = ()
+    placed = {'host': base.FIRST.name}
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -226,7 +226,9 @@ class TestLate(StreamTestCase):
 
     def test_mover_that_was_stopped_is_killed(self) -> None:
         stop = 'os.kill(os.getpid(), signal.SIGSTOP)'
-        self.assertKilled(self.late(f'import signal; {stop}').prepare)
+        stream = self.late(f'import signal; {stop}')
+        self.assertKilled(stream.prepare)
+        stream.close()
         for code in (
                 f'say(length=9); write(4); sys.stdout.flush(); {stop}',
                 f'say(length=9); write(9); sys.stdout.flush(); {stop}',
