@@ -233,9 +233,10 @@ class RoomTest(DomainTestCase):
         self.take(server)
         self.assertEqual(2, len(self.held(server)))
         self.roll_back(server, second)
+        disk = self.disk(server)
         self._delete_server(server)
         self.assertEqual([], self.state_files())
-        self.assertFalse(self.disk(server).exists())
+        self.assertFalse(disk.exists())
 
     def test_limit_makes_room_for_nothing_but_deleted_images(self):
         self.configure('snapshot_ext.max_domain_snapshots=1')

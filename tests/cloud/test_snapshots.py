@@ -231,7 +231,7 @@ class SlowTest(base.CloudTestCase):
         self._assert_quiet_since(log)
 
     def _end_by_deleting_the_server(self, server) -> None:
-        log = self.compute_log()
+        log, disk = self.compute_log(), self.disk(server)
         image_id = self._begin(server)
         begun = time.monotonic()
         self.compute.delete_server(server)
@@ -243,7 +243,7 @@ class SlowTest(base.CloudTestCase):
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
         self.assert_host_is_clean()
-        self.assertFalse(self.disk(server).exists())
+        self.assertFalse(disk.exists())
         self._assert_quiet_since(log)
 
     def _begin(self, server) -> str:
@@ -428,11 +428,12 @@ class OperatorTest(base.CloudTestCase):
 
     def test_server_deleted_meanwhile_leaves_nothing(self):
         server = self.server()
+        disk = self.disk(server)
         image_id = self.request_snapshot(server, snapshot_flow='cold')
         self._delete_server(server)
         self.wait(lambda: self.cloud.image.find_image(
             image_id, ignore_missing=True) is None, 'the image to go')
-        self.assertFalse(self.disk(server).exists())
+        self.assertFalse(disk.exists())
         self.wait(lambda: not self.state_files(),
                   'the undo log to go')
 
