@@ -46,6 +46,7 @@ _POLL_S = 0.1
 _REACHED_S = 1.0
 # In what is kept with a snapshot: it is about to be deleted.
 _UNWANTED = 'unwanted'
+_Note = collections.abc.Callable[[], domain_records.Record]
 
 
 def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
@@ -114,7 +115,8 @@ class Taken:
                  'rollback': self.record.rollback.value}
         if self.record.parent is not None:
             parent = self.records.find(self.record.parent)
-            if parent is not None:
+            # What is kept of a rollback has none.
+            if parent is not None and parent.image_id:
                 found['parent'] = parent.image_id
         return found
 
@@ -460,7 +462,7 @@ def _give_up(guest: guests.Guest, target: str, safety: str,
 
 def kept_state(records: domain_records.Records,
                safety: str) -> domain_records.Record | None:
-    """The snapshot that holds what a guest was whom somebody else has started,
+    """The snapshot that holds what a guest was that somebody else has started,
     None if there is none.
 
     :param safety: of :func:`come_back`
@@ -471,9 +473,7 @@ def kept_state(records: domain_records.Records,
 
 def _restore_with_memory(
         around: undo.Surroundings, guest: guests.Guest, target: str,
-        safety: str,
-        is_back: collections.abc.Callable[[], domain_records.Record],
-        ) -> domain_records.Record | None:
+        safety: str, is_back: _Note) -> domain_records.Record | None:
     """Have a guest that is off be what it was, if its memory is held and it
     may be started.
 
