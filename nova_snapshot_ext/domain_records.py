@@ -146,8 +146,13 @@ class Records:
 
     def named(self, name: str | None) -> Record | None:
         """The one of a name, None if there is none."""
-        return next((record for record in self.all()
-                     if record.name == name), None)
+        # Whatever becomes of the others.
+        if name is None or not _NAME.fullmatch(name):
+            return None
+        try:
+            return self._read(name)
+        except FileNotFoundError:
+            return None
 
     @property
     def current(self) -> str | None:

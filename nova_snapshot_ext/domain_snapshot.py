@@ -46,6 +46,7 @@ _POLL_S = 0.1
 _REACHED_S = 1.0
 # In what is kept with a snapshot: it is about to be deleted.
 _UNWANTED = 'unwanted'
+_Note = collections.abc.Callable[[], domain_records.Record]
 
 
 def held_disks(guest: guests.Guest) -> tuple[disks_.Disk, ...]:
@@ -114,7 +115,8 @@ class Taken:
                  'rollback': self.record.rollback.value}
         if self.record.parent is not None:
             parent = self.records.find(self.record.parent)
-            if parent is not None:
+            # What is kept of a rollback has none.
+            if parent is not None and parent.image_id:
                 found['parent'] = parent.image_id
         return found
 
@@ -339,18 +341,26 @@ def come_back(around: undo.Surroundings, target: str, safety: str,
     if stays is None and _is_left_alone(around, guest, target, safety, life):
         other = _is_another_life(
             around, guest, target, safety, life, records)
-        if other:
+        if other or records.current is None:
+            # It is not where it was to go.
             records.set_current(current)
         stays = _give_up(guest, target, safety, paths, records, other)
     if stays is None:
-        # Whoever finds it up after this leaves it alone.
+        def is_back() -> domain_records.Record:
+            records.set_current(current)
+            return _give_up(
+                guest, target, safety, paths, records, other=False)
+        # Not until all of its disks are what they were.
+        records.set_current(None)
+        stays = _restore_with_memory(around, guest, target, safety, is_back)
+    if stays is None:
+        _restore_disks(around, guest, target, safety, paths)
         records.set_current(current)
-        _restore(around, guest, target, safety, paths)
         if life is not None:
-            # libvirt did not hold its memory, or it is up by now.
             power.start_again(around, paused=paused)
+        stays = is_back()
     _forget_both(guest, target, safety)
-    if stays is None or stays.extra.get(_UNWANTED):
+    if stays.extra.get(_UNWANTED):
         delete_domain_snapshot(
             around, name=safety, uuid=uuid, paths=paths,
             state_directory=state_directory)
@@ -390,26 +400,39 @@ def _is_another_life(around: undo.Surroundings, guest: guests.Guest,
     # libvirt names a life as it did an earlier one if it was restarted in
     # between; but it has taken one down whose state is in a snapshot.
     if (guest.life() == life and not around.rebooted
-            and guest.current_domain_snapshot() != safety):
+            and guest.current_domain_snapshot() != safety
+            and not _holds_one_that_was_off(guest, target, safety, records)):
         return False
     if guest.domain_snapshot(target) is not None:
         return not is_at(guest, target)
-    # With memory, libvirt was not told yet where it was to go. Without, all
-    # disks were of then before that was current.
-    return (guest.domain_snapshot(safety) is not None
-            or records.current != target)
+    if guest.domain_snapshot(safety) is not None:
+        # libvirt was not told yet where it was to go.
+        return not guest.came_from_snapshot()
+    # Without memory, all disks were of then before that was current.
+    return records.current != target
+
+
+def _holds_one_that_was_off(
+        guest: guests.Guest, target: str, safety: str,
+        records: domain_records.Records) -> bool:
+    """Whether a guest that was to go back without memory was turned off: what
+    holds its state is made after that."""
+    gone_to = records.named(target)
+    return (gone_to is not None
+            and gone_to.rollback is domain_records.Rollback.DISK
+            and any(internal_snapshot.has_snapshot(guest, path, safety)
+                    for path in gone_to.disks.values()))
 
 
 def _give_up(guest: guests.Guest, target: str, safety: str,
              paths: list[str], records: domain_records.Records,
              other: bool) -> domain_records.Record:
-    """Note that a guest that is up is never to be what it was again: what it
-    writes from now on would be lost, whenever that is tried again.
+    """Note that a guest is never to be made what it was again: what it writes
+    from now on would be lost, whenever that is tried again.
 
     :param other: whether somebody else has started it: then what holds the
         state that it had becomes a snapshot like others, if it holds all
     """
-    held = [disk for disk in guest.disks() if disk.path in paths]
     kept = other and all(internal_snapshot.has_snapshot(guest, path, safety)
                          for path in paths)
     xml = guest.domain_snapshot(safety)
@@ -418,7 +441,13 @@ def _give_up(guest: guests.Guest, target: str, safety: str,
         memory=xml is not None,
         title=f'before going back to {gone_to.title if gone_to else target}',
         extra={} if kept else {_UNWANTED: True})
-    record = new_record(guest, wish, records, safety, held)
+    record = new_record(
+        guest, wish, records, safety, [] if gone_to is not None else [
+            disk for disk in guest.disks() if disk.path in paths])
+    if gone_to is not None:
+        # Its disks may have other names by now: in a rescue they have.
+        record = dataclasses.replace(
+            record, disks=gone_to.disks, capacities=gone_to.capacities)
     if xml is not None:
         record = dataclasses.replace(record, domain_xml=xml)
     records.replace(record)
@@ -431,21 +460,55 @@ def _give_up(guest: guests.Guest, target: str, safety: str,
     return record
 
 
-def _restore(around: undo.Surroundings, guest: guests.Guest, target: str,
-             safety: str, paths: list[str]) -> None:
-    """Have a guest that is off be what it was: with its memory, if that is
-    held and it may be started."""
-    if not around.rebooted and guest.domain_snapshot(safety) is not None:
-        with around.host.may_start() as allowed:
-            if allowed:
-                guest.revert_to(safety)
-                _forget_both(guest, target, safety)
-                return
+def kept_state(records: domain_records.Records,
+               safety: str) -> domain_records.Record | None:
+    """The snapshot that holds what a guest was that somebody else has started,
+    None if there is none.
+
+    :param safety: of :func:`come_back`
+    """
+    found = records.named(safety)
+    return None if found is None or found.extra.get(_UNWANTED) else found
+
+
+def _restore_with_memory(
+        around: undo.Surroundings, guest: guests.Guest, target: str,
+        safety: str, is_back: _Note) -> domain_records.Record | None:
+    """Have a guest that is off be what it was, if its memory is held and it
+    may be started.
+
+    :param is_back: notes that it is what it was
+    :returns: what that gave, None if only its disks can be restored
+    """
+    if around.rebooted or guest.domain_snapshot(safety) is None:
+        return None
+    with around.host.may_start() as allowed:
+        if not allowed:
+            return None
+        _check_off(around, guest)
+        guest.revert_to(safety)
+        found = is_back()
+        _forget_both(guest, target, safety)
+        return found
+
+
+def _restore_disks(around: undo.Surroundings, guest: guests.Guest,
+                   target: str, safety: str, paths: list[str]) -> None:
+    """Have the disks of a guest that is off be what they were."""
     with around.host.undisturbed():
-        if power.running_guest(around) is None:
-            for path in paths:
-                internal_snapshot.apply_again(around, path, safety)
-            _forget_both(guest, target, safety)
+        _check_off(around, guest)
+        for path in paths:
+            internal_snapshot.apply_again(around, path, safety)
+        _forget_both(guest, target, safety)
+
+
+def _check_off(around: undo.Surroundings, guest: guests.Guest) -> None:
+    """:raises UndoFailed: if somebody has started it while its lock was
+        waited for; the next try sees what it is
+    """
+    if power.running_guest(around) is not None:
+        raise exception.UndoFailed(
+            f'{guest.name} was started by somebody else meanwhile')
 
 
 def _forget_both(guest: guests.Guest, target: str, safety: str) -> None:

@@ -451,7 +451,8 @@ class SnapshotLibvirtDriver(
             back, or nobody knows whether it is to; it is as it was
         :raises nova.exception.InstanceNotFound: if it is being deleted
         :raises nova.exception.NovaException: if its guest is not what it was
-            and not rolled back either
+            and not rolled back either, such as one that was started by
+            somebody else meanwhile
         """
         # reimage_boot_volume tells nothing: Nova's API says so of every server
         # from its version 2.93 on, and one on a volume has no such snapshot.

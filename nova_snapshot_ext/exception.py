@@ -101,6 +101,11 @@ class DeletionRefused(SnapshotError):
     """
 
 
+class StartedByAnother(SnapshotError):
+    """Somebody else has started a guest that was to go back to a snapshot: it
+    is neither there nor what it was; what it was is kept as a snapshot."""
+
+
 class FreezeFailed(SnapshotError):
     """The guest's disks could not be frozen; the guest is as it was."""
 

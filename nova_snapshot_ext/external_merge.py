@@ -230,6 +230,22 @@ def _check_known(guest: guests.Guest, merge: Merge) -> None:
             f'{merge.base} in place of {merge.top}, and the guest is off '
             f'now: nobody knows which of them is newer, and it is not '
             f'started from either ({merge.note})')
+    if _is_of_first_version(merge):
+        raise exception.UndoFailed(
+            f'{merge.target} may have been written to {merge.base} in place '
+            f'of {merge.top} when libvirt died, unknown to it, and the guest '
+            f'is off now: nothing is committed. Once it is known which of '
+            f'them is newer, and the domain is defined with that, delete '
+            f'{merge.note}')
+
+
+def _is_of_first_version(merge: Merge) -> bool:
+    """Whether its note is of the version that left the definition alone in a
+    pivot: it wrote nothing into the note."""
+    try:
+        return os.lstat(merge.note).st_size == 0
+    except FileNotFoundError:
+        return False
 
 
 def _define_lower(guest: guests.Guest, merge: Merge) -> None:
@@ -293,24 +309,44 @@ def _pivot(guest: guests.Guest, merge: Merge) -> None:
     known, its definition names a file that is not there. libvirt leaves that
     alone in the pivot, because it is not what the guest runs from.
     """
-    with open(merge.note, 'w') as note:
+    is_first = not os.path.lexists(merge.note)
+    _write_note(guest, merge)
+    # Somebody may have said that it is something else from its next start on.
+    if guest.is_persistent() and (
+            guest.defined_disks().get(merge.target) == merge.top):
+        guest.define_disks({merge.target: merge.nowhere})
+    try:
+        guest.pivot(merge.target)
+    except guests.LibvirtError as error:
+        if (is_first and error.was_not_up
+                and guest.state() is guests.State.SHUTOFF):
+            # It was shut down meanwhile, and QEMU never asked to.
+            _take_back(guest, merge)
+        elif not error.of_connection and not _is_done_by_qemu(guest, merge):
+            _call_off(guest, merge)
+        raise
+    _define_lower(guest, merge)
+    _remove_note(merge)
+
+
+def _write_note(guest: guests.Guest, merge: Merge) -> None:
+    """It is whole when it is there. Nothing is written through a link: the
+    directory may be another user's."""
+    new = f'{merge.note}.new'
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    descriptor = os.open(
+        new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        | os.O_CLOEXEC, 0o644)
+    with open(descriptor, 'w') as note:
         note.write(
             f'{merge.target} of {guest.name} was about to be written to '
             f'{merge.base} in place of {merge.top}. Until it is known '
             f'whether it was, the domain is not started from either.\n')
         note.flush()
         os.fsync(note.fileno())
+    os.rename(new, merge.note)
     undo.flush_directory(os.path.dirname(merge.note))
-    if guest.is_persistent():
-        guest.define_disks({merge.target: merge.nowhere})
-    try:
-        guest.pivot(merge.target)
-    except guests.LibvirtError as error:
-        if not error.of_connection and not _is_done_by_qemu(guest, merge):
-            _call_off(guest, merge)
-        raise
-    _define_lower(guest, merge)
-    _remove_note(merge)
 
 
 def _call_off(guest: guests.Guest, merge: Merge) -> None:
@@ -318,8 +354,12 @@ def _call_off(guest: guests.Guest, merge: Merge) -> None:
 
     Nothing is changed unless QEMU has the upper one open.
     """
-    if not any(merge.top in chain for chain in guest.open_chains()):
-        return
+    if any(merge.top in chain for chain in guest.open_chains()):
+        _take_back(guest, merge)
+
+
+def _take_back(guest: guests.Guest, merge: Merge) -> None:
+    """What the guest writes to is the upper layer, and known."""
     if guest.defined_disks().get(merge.target) == merge.nowhere.path:
         guest.define_disks({merge.target: merge.upper})
     _remove_note(merge)
@@ -346,8 +386,9 @@ def _is_done_by_qemu(guest: guests.Guest, merge: Merge) -> bool:
 
 
 def _remove_note(merge: Merge) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(merge.note)
+    for path in (merge.note, f'{merge.note}.new'):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _commit(around: undo.Surroundings, merge: Merge,

@@ -102,6 +102,15 @@ class LibvirtError(exception.SnapshotError):
         self.of_connection: bool = _is_of_connection(error)
 
     @property
+    def was_not_up(self) -> bool:
+        """Whether QEMU was not asked, because the guest was off.
+
+        If it ends when it is asked, that is another code (OPERATION_FAILED).
+        """
+        return (self.code == libvirt.VIR_ERR_OPERATION_INVALID
+                and not self.of_connection)
+
+    @property
     def agent_is_silent(self) -> bool:
         """Whether it is that the guest agent did not answer."""
         return self.code in _AGENT_SILENT
@@ -475,7 +484,9 @@ class Guest:
         """
         return any(
             disk.target_of(element) == target
-            and element.find('mirror') is not None
+            and (mirror := element.find('mirror')) is not None
+            # One of another kind ends where it began.
+            and mirror.get('job') == 'active-commit'
             for element in self.description().findall('./devices/disk')
         ) and self.block_job(target) is None
 

@@ -139,7 +139,8 @@ def refusing(context: nova_context.RequestContext,
     with _failing(instance):
         try:
             yield
-        except (exception.UndoFailed, nova_exception.InstanceNotFound):
+        except (exception.UndoFailed, exception.StartedByAnother,
+                nova_exception.InstanceNotFound):
             raise       # it is not as it was
         except (exception.SnapshotError, OSError,
                 nova_exception.NovaException) as error:

@@ -128,6 +128,8 @@ def revert(guest: guests.Guest, record: domain_records.Record,
     :param agent_timeout: seconds for its guest agent to set its clock
     :raises RollbackRefused: if it can't; the guest was not touched
     :raises GuestBusy: if a snapshot, or a rollback, of it is under way
+    :raises StartedByAnother: if somebody else has started it meanwhile, and
+        what it was is kept as a snapshot
     :raises SnapshotError: if it failed; the guest is as it was, or the undo
         log says how it will be
     """
@@ -151,6 +153,16 @@ def revert(guest: guests.Guest, record: domain_records.Record,
             raise
         LOG.warning('%s went back to %s; what is left of that is tried '
                     'again: %s', guest.name, record.name, error)
+    except (exception.SnapshotError, OSError) as error:
+        kept = way.kept_state()
+        if kept is None:
+            raise
+        raise exception.StartedByAnother(
+            f'{guest.name} was started by somebody else before it had gone '
+            f'back to {record.name}: its disks may be those of either '
+            f'instant. The state that it had is kept as the domain snapshot '
+            f'{kept.name}, "{kept.title}"; it had not gone back because of: '
+            f'{error}') from error
     if record.rollback is domain_records.Rollback.MEMORY:
         _set_clock(guest, agent_timeout)
     pause_s = way.pause.seconds if was_up else 0.0
@@ -162,6 +174,12 @@ def revert(guest: guests.Guest, record: domain_records.Record,
 
 class _Way(rollback_way.Way):
     """To an internal one."""
+
+    _safety = ''
+
+    def kept_state(self) -> domain_records.Record | None:
+        return None if not self._safety else domain_snapshot.kept_state(
+            self.records, self._safety)
 
     def obstacle(self) -> str | None:
         return obstacle(self.guest, self.record)

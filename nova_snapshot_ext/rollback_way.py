@@ -45,6 +45,11 @@ class Way(abc.ABC):
     def go(self, log: undo.UndoLog) -> None:
         """Go, or come back; nothing of ours is left either way."""
 
+    def kept_state(self) -> domain_records.Record | None:
+        """The snapshot that holds what the guest was, if somebody else has
+        started it meanwhile; None if it is what it was."""
+        return None
+
     @contextlib.contextmanager
     def _allowed_to_start(
             self, log: undo.UndoLog) -> collections.abc.Iterator[None]:

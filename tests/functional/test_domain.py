@@ -35,8 +35,10 @@ from nova_snapshot_ext import exception
 from nova_snapshot_ext import guard
 from nova_snapshot_ext import guest as our_guests
 from nova_snapshot_ext import host as hosts
+from nova_snapshot_ext import internal_snapshot
 from nova_snapshot_ext import request as requests
 from nova_snapshot_ext import rollback
+from nova_snapshot_ext import undo
 from tests.functional import guests
 from tests.functional import images
 from tests.functional import test_cli
@@ -564,6 +566,48 @@ class FailedTest(DomainTestCase):
         # With the memory that it had when it was taken down.
         self.revert(guest, kept)
         self.assertGreaterEqual(guest.first_counter(), at)
+        self.assert_lives(guest)
+        self.delete_all(guest)
+
+    def test_guest_that_somebody_else_started_from_disks_of_both(self):
+        """libvirtd was restarted meanwhile, and numbers lives anew."""
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        record, _, _ = self.keep(guest, 'then', memory=False)
+        at = guest.wait_writes_on(50)
+        life = self.ours(guest).life()
+        real = internal_snapshot.apply_named
+        applied: list[str] = []
+
+        def apply_named(path: str, name: str, log: undo.UndoLog) -> None:
+            if applied:
+                self.libvirtd.kill()
+                self.libvirtd.start()
+                connection = self.libvirtd.connect()
+                self.addCleanup(connection.close)
+                guest.domain = connection.lookupByUUIDString(guest.uuid)
+                guest.domain.create()
+            real(path, name, log)
+            applied.append(path)
+        with fixtures.MonkeyPatch(
+                'nova_snapshot_ext.internal_snapshot.apply_named',
+                apply_named):
+            self.assertRaises(
+                exception.StartedByAnother, self.revert, guest, record)
+        self.assertEqual([str(guest.disks[0].path)], applied)
+        self.assertEqual(life, self.ours(guest).life())
+        self.assertEqual([], list(self.state.glob('*.undo')))
+        records = self.records(guest)
+        self.assertEqual(record.name, records.current)
+        kept = records.find('before going back to then')
+        assert kept is not None
+        for index in (0, 1):
+            self.assertEqual([record.name, kept.name],
+                             self.held(guest, index))
+        guest.domain.destroy()
+        self.revert(guest, kept)
+        found = images.check_point_in_time(guest.images)
+        self.assertGreaterEqual(found[0][0], at - 1)
+        guest.start()
         self.assert_lives(guest)
         self.delete_all(guest)
 

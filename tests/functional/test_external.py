@@ -629,6 +629,29 @@ class LibvirtdTest(ExternalTestCase):
         self.assert_lives(guest)
         self.assert_as_before(guest)
 
+    def test_guest_that_is_off_when_its_pivot_is_asked_for(self):
+        guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
+        record, _, _ = self.keep(guest, 'one', memory=False)
+        at = guest.wait_writes_on(20)
+        real = our_guests.Guest.pivot
+        defined: list[str] = []
+
+        def pivot(ours: our_guests.Guest, target: str) -> None:
+            if not defined:
+                guest.domain.destroy()
+                defined.append(ours.defined_disks()[target])
+            real(ours, target)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova_snapshot_ext.guest.Guest.pivot', pivot))
+        domain_snapshot.delete(self.ours(guest), record, self.records(guest),
+                               hosts.PlainHost())
+        self.assertIn('.pivoting', defined[0])
+        self.assert_as_before(guest)
+        found = images.check_point_in_time(guest.images)
+        self.assertGreaterEqual(found[0][0], at - 1)
+        guest.start()
+        self.assert_lives(guest)
+
     def test_pivot_that_libvirt_does_not_know(self):
         guest = self.guest(guests.Disk('overlay'), guests.Disk('raw'))
         self.keep(guest, 'one', memory=False)

@@ -242,6 +242,14 @@ class TestFreeze(DomainTestCase):
         self.assertEqual(MINE, two.parent)
         self.assertEqual(two.name, self.records.current)
 
+    def test_what_a_rollback_kept_is_no_images_parent(self) -> None:
+        """No image was made of it."""
+        self.records.add(test_domain_records.record(
+            test_domain_records.ONE, image_id=''))
+        with self.frozen() as found:
+            pass
+        self.assertNotIn('parent', found.properties)
+
     def test_it_goes_when_the_log_ends_unless_it_is_kept(self) -> None:
         with self.frozen(memory=False):
             self.assertEqual([MINE], self.qemu_img.snapshots)

@@ -715,6 +715,97 @@ class TestDelete(ExternalTestCase):
         self.assert_present()
         self.assert_clean()
 
+    def shut_down_at_pivot(self) -> None:
+        """libvirt takes the call when the guest is off by then."""
+        def stop() -> None:
+            del self.domain.before['pivot']
+            self.domain.off()
+            self.overlaid.commits.clear()
+            raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_INVALID)
+        self.domain.before['pivot'] = stop
+
+    def test_guest_that_is_shut_down_before_a_pivot(self) -> None:
+        """QEMU was not asked: what is newer is known."""
+        self.take('one')
+        self.shut_down_at_pivot()
+        self.delete('one')
+        self.assertEqual(2, len(self.journal.of('qemu-img commit')))
+        self.assert_present()
+        self.assert_clean()
+        self.domain.createWithFlags(0)
+
+    def test_guest_that_is_shut_down_before_a_second_pivot(self) -> None:
+        """What became of the first one nobody knows."""
+        self.take('one')
+        upper = self.overlaid.live['vda'][0]
+        with open(f'{upper}.pivoting', 'w') as note:
+            note.write('vda was about to be written to …')
+        self.patch_name(
+            'nova_snapshot_ext.external_merge._call_off',
+            lambda guest, merge: None)
+        self.shut_down_at_pivot()
+        self.assertRaisesRegex(
+            exception.UndoFailed, 'nobody knows', self.delete, 'one')
+        self.assertEqual(f'{upper}.pivoting.unknown',
+                         self.overlaid.defined['vda'][0])
+        self.assertEqual([], self.journal.of('qemu-img commit'))
+
+    def test_note_of_the_first_version_says_nothing(self) -> None:
+        """It let the definition name the upper layer; what QEMU has done
+        nobody knows."""
+        upper, lower = self.die_both_in_pivot(True)
+        with open(f'{upper}.pivoting', 'w'):
+            pass
+        self.overlaid.defined['vda'] = (upper, 'qcow2')
+        before = dict(self.files.content[lower])
+        self.assertRaisesRegex(
+            exception.UndoFailed, r'delete .*\.pivoting', self.finish)
+        self.assertEqual(before, self.files.content[lower])
+        # Who knows says so.
+        self.overlaid.defined['vda'] = (lower, 'qcow2')
+        os.unlink(f'{upper}.pivoting')
+        self.finish()
+        self.assert_present()
+        self.assert_clean()
+
+    def test_what_the_definition_names_by_somebodys_will_stays(self) -> None:
+        """From its next start on."""
+        self.take('one')
+        other = (os.path.join(self.disks, 'other'), 'qcow2')
+        self.files.make(*other)
+        self.overlaid.defined['vda'] = other
+        self.domain.before['pivot'] = lambda: self.assertEqual(
+            other, self.overlaid.defined['vda'])
+        self.delete('one')
+        self.assertEqual(other, self.overlaid.defined['vda'])
+        self.assertEqual(os.path.join(self.disks, 'vda'),
+                         self.overlaid.live['vda'][0])
+
+    def test_note_is_not_written_through_a_link(self) -> None:
+        self.take('one')
+        upper = self.overlaid.live['vda'][0]
+        precious = self.new_file('precious', b'precious')
+        for name in ('.pivoting', '.pivoting.new'):
+            os.symlink(precious, upper + name)
+        self.patch_name(
+            'nova_snapshot_ext.external_merge._is_done_by_qemu',
+            lambda guest, merge: False)
+        self.patch_name(
+            'nova_snapshot_ext.external_merge._call_off',
+            lambda guest, merge: None)
+        self.delete('one')
+        with open(precious, 'rb') as file:
+            self.assertEqual(b'precious', file.read())
+        self.assert_present()
+        self.assert_clean()
+
+    def test_copy_that_was_ended_is_in_nobodys_way(self) -> None:
+        """libvirt still shows it; the guest writes to what it says."""
+        self.overlaid._mirror = (  # type: ignore[method-assign]
+            lambda target: '<mirror type="file" job="copy"/>')
+        self.assertIsNone(base_flow.why_block_job(
+            self.guest, self.guest.disks()))
+
     def test_guest_whose_definition_is_gone_gets_none(self) -> None:
         self.take('one')
         self.domain.persistent = False

@@ -196,6 +196,16 @@ class TestRefusal(RebuildingTestCase):
         self.assertIs(nova_exception.NovaException, type(error))
         self.assertOfBase()
 
+    def test_guest_that_another_started_is_not_called_as_it_was(
+            self) -> None:
+        self.error = exception.StartedByAnother('kept as "before …"')
+        error = self.assertRaises(
+            nova_exception.NovaException, self.roll_back)
+        self.assertIs(nova_exception.NovaException, type(error))
+        self.assertIn('kept as', str(error))
+        self.assertNotIn('left as it was', self.output.output)
+        self.assertOfBase()
+
     def test_server_that_is_deleted_meanwhile(self) -> None:
         self.error = exception.Preempted('it is deleted')
         for state in (task_states.DELETING, task_states.SOFT_DELETING):

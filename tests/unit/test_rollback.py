@@ -12,6 +12,7 @@
 
 """A guest goes back, or is what it was; whoever dies and when."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import itertools
@@ -343,7 +344,8 @@ class TestMemory(RollbackTestCase):
         """libvirtd died in the rollback, and it was booted meanwhile."""
         self.break_connection('revertToSnapshot', [
             libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED])
-        self.assertRaises(exception.SnapshotError, self.revert)
+        error = self.assertRaises(exception.StartedByAnother, self.revert)
+        self.assertIn(f'kept as the domain snapshot {SAFETY}', str(error))
         self.assertEqual([f'revertToSnapshot {TARGET}'],
                          self.journal.of('revert', 'destroy', 'create'))
         self.assertIsNone(self.records.current)
@@ -438,6 +440,40 @@ class TestDisks(RollbackTestCase):
         self.assertEqual([TARGET, SAFETY], self.qemu_img.applied)
         self.assertEqual(libvirt.VIR_DOMAIN_RUNNING, self.domain.state()[0])
         self.assertIsNone(self.records.current)
+        self.assertEqual([], self.left())
+
+    def test_guest_that_was_brought_back_was_not_started_by_another(
+            self) -> None:
+        """What held its state can't be deleted at once."""
+        self.qemu_img.snapshots = [TARGET]
+
+        def fail() -> None:
+            del self.domain.before['createWithFlags']
+            raise fakes.libvirt_error(libvirt.VIR_ERR_OPERATION_FAILED)
+        self.domain.before['createWithFlags'] = fail
+        self.qemu_img.lies = True
+        error = self.assertRaises(exception.SnapshotError, self.revert)
+        self.assertNotIsInstance(error, exception.StartedByAnother)
+        self.assertNotIn('started by somebody else', self.output.output)
+        self.assertEqual(1, len(self.left()))
+
+    def test_guest_that_another_starts_is_not_called_what_it_was(
+            self) -> None:
+        def start() -> None:
+            self.domain.current_state = [libvirt.VIR_DOMAIN_RUNNING, 1]
+            self.domain.number += 1
+        real = self.qemu_img.run
+
+        def run(*arguments: str, **more: typing.Any) -> str:
+            if arguments[1:3] == ('-a', TARGET):
+                start()
+                raise exception.CommandFailed('it is in use')
+            return real(*arguments, **more)
+        self.patch_name('nova_snapshot_ext.qemu_img.run', run)
+        error = self.assertRaises(exception.StartedByAnother, self.revert)
+        self.assertIn('it is in use', str(error))
+        self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+        self.assertEqual([], self.qemu_img.applied)
         self.assertEqual([], self.left())
 
     def test_guest_that_was_started_unheard_is_there(self) -> None:
@@ -646,6 +682,127 @@ class TestComeBack(RollbackTestCase):
             self.records.remove(SAFETY)
             self.domain.snapshots = {SAFETY: '<domainsnapshot/>',
                                      TARGET: '<domainsnapshot/>'}
+
+    def use_disks_alone(self) -> None:
+        """Its owner died when it had begun to make the disks those of then.
+        """
+        super().use_disks_alone()
+        self.domain.snapshots.clear()
+        self.records.replace(self.record)
+        self.records.set_current(None)
+
+    def test_disks_alone_and_a_life_that_is_named_as_an_earlier_one(
+            self) -> None:
+        self.use_disks_alone()
+        self.come_back(owner_died=True)
+        self.assertEqual([], self.done())
+        self.assertIsNotNone(self.records.named(SAFETY))
+        self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+
+    def test_guest_that_another_starts_from_disks_that_did_not_come_back(
+            self) -> None:
+        """It was to go back to the one that its state descends from."""
+        self.use_disks_alone()
+        self.domain.off()
+        self.qemu_img.fails.add('-a')
+        for _ in range(2):
+            self.assertRaises(exception.SnapshotError, self.come_back,
+                              current=TARGET, owner_died=True)
+            self.assertIsNone(self.records.current)
+        self.domain.createWithFlags(0)
+        self.come_back(current=TARGET, owner_died=True)
+        self.assertEqual(TARGET, self.records.current)
+        self.assertIsNotNone(self.records.named(SAFETY))
+        self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+
+    def test_guest_that_another_starts_while_its_lock_is_waited_for(
+            self) -> None:
+        """Nothing of it is changed, and what it was is kept."""
+        def start() -> None:
+            if self.domain.state()[0] == libvirt.VIR_DOMAIN_SHUTOFF:
+                self.domain.createWithFlags(0)
+
+        @contextlib.contextmanager
+        def may_start() -> collections.abc.Iterator[bool]:
+            start()
+            yield True
+        for memory in (True, False):
+            if not memory:
+                self.use_disks_alone()
+            self.domain.off()
+            self.host.waited = start
+            self.patch(self.host, 'may_start', may_start)
+            self.assertRaisesRegex(
+                exception.UndoFailed, 'by somebody else', self.come_back,
+                owner_died=True)
+            self.come_back(owner_died=True)
+            self.assertEqual([], self.done())
+            self.assertIsNotNone(self.records.named(SAFETY))
+            self.assertEqual([TARGET, SAFETY], self.qemu_img.snapshots)
+            self.records.remove(SAFETY)
+
+    def test_guest_that_was_brought_back_is_not_started_by_another(
+            self) -> None:
+        """Its state is not kept when what held it can be deleted later."""
+        for memory, current in itertools.product(
+                (True, False), (None, TARGET)):
+            if not memory:
+                self.use_disks_alone()
+            self.domain.off()
+            self.qemu_img.lies = True
+            self.assertRaises(exception.UndoFailed, self.come_back,
+                              current=current, owner_died=True)
+            self.assertEqual(current, self.records.current)
+            self.qemu_img.lies = False
+            self.come_back(current=current, owner_died=True)
+            self.assertEqual(
+                [f'revertToSnapshot {SAFETY}' if memory
+                 else 'qemu-img snapshot -a'], self.done())
+            self.assertIsNone(self.records.named(SAFETY))
+            self.assertEqual([TARGET], self.qemu_img.snapshots)
+            self.assertEqual(current, self.records.current)
+            self.assertNotIn('by somebody else', self.output.output)
+            self.qemu_img.snapshots.append(SAFETY)
+            self.domain.snapshots = {SAFETY: '<domainsnapshot/>',
+                                     TARGET: '<domainsnapshot/>'}
+            self.journal.clear()
+
+    def test_memory_that_came_back_when_its_owner_died(self) -> None:
+        """When nothing of ours said so, but libvirt."""
+        for known in ([SAFETY], [SAFETY, TARGET]):
+            self.domain.snapshots = dict.fromkeys(known, '<domainsnapshot/>')
+            self.domain.number = 2
+            self.domain.current_snapshot = SAFETY
+            self.domain.current_state = self.domain.reverted_state
+            self.records.set_current(None)
+            self.qemu_img.snapshots = [TARGET, SAFETY]
+            self.come_back(current=TARGET, owner_died=True)
+            self.assertEqual([], self.done())
+            self.assertEqual(TARGET, self.records.current)
+            self.assertEqual([TARGET], self.qemu_img.snapshots)
+
+    def test_record_that_can_not_be_read_keeps_no_guest_off(self) -> None:
+        self.use_disks_alone()
+        self.domain.off()
+        self.new_file(f'state/domain-snapshots/{fakes.UUID}/'
+                      f'snapshot-ext-{7:032x}.json', b'{')
+        self.come_back(owner_died=True)
+        self.assertEqual(libvirt.VIR_DOMAIN_RUNNING, self.domain.state()[0])
+        self.assertEqual([TARGET], self.qemu_img.snapshots)
+
+    def test_disks_of_what_is_kept_are_those_of_then(self) -> None:
+        """In a rescue its disk has another name."""
+        self.use_disks_alone()
+        self.domain.number = 2
+        self.domain.disks = fakes.disk_xml(
+            self.new_file('rescue', base.qcow2_header()), 'qcow2', 'vda',
+        ) + fakes.disk_xml(
+            self.path, 'qcow2', 'vdb', inside='<backingStore/>')
+        self.come_back(owner_died=True)
+        kept = self.records.named(SAFETY)
+        assert kept is not None
+        self.assertEqual(self.record.disks, kept.disks)
+        self.assertEqual(self.record.capacities, kept.capacities)
 
     def test_what_does_not_hold_all_is_not_kept(self) -> None:
         self.domain.number = 2
