@@ -569,9 +569,22 @@ class FailedTest(DomainTestCase):
         self.assert_lives(guest)
         self.delete_all(guest)
 
+    def start_after_libvirtd(self, guest):
+        """Start a guest that is off when libvirtd was restarted: it numbers
+        lives anew."""
+        self.libvirtd.kill()
+        self.libvirtd.start()
+        connection = self.libvirtd.connect()
+        self.addCleanup(connection.close)
+        guest.domain = connection.lookupByUUIDString(guest.uuid)
+        guest.domain.create()
+
     def test_guest_that_somebody_else_started_from_disks_of_both(self):
         """libvirtd was restarted meanwhile, and numbers lives anew."""
         guest = self.guest(guests.Disk('overlay'), guests.Disk('qcow2'))
+        guest.domain.destroy()
+        self.start_after_libvirtd(guest)
+        guest.wait_writes_on(50)
         record, _, _ = self.keep(guest, 'then', memory=False)
         at = guest.wait_writes_on(50)
         life = self.ours(guest).life()
@@ -580,12 +593,7 @@ class FailedTest(DomainTestCase):
 
         def apply_named(path: str, name: str, log: undo.UndoLog) -> None:
             if applied:
-                self.libvirtd.kill()
-                self.libvirtd.start()
-                connection = self.libvirtd.connect()
-                self.addCleanup(connection.close)
-                guest.domain = connection.lookupByUUIDString(guest.uuid)
-                guest.domain.create()
+                self.start_after_libvirtd(guest)
             real(path, name, log)
             applied.append(path)
         with fixtures.MonkeyPatch(
