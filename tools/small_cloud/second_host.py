@@ -84,7 +84,7 @@ def catalogue(state: cloud_state.State) -> dict[str, services.Service]:
             '--mount',
             '--uts',
             '--propagation',
-            'private',
+            'unchanged',
             str(SCRIPT),
             NAME,
             *mounts,
