@@ -285,6 +285,9 @@ def _flow_of(conf: cfg.ConfigOpts, guest: guests_.Guest) -> str:
     request = settings.server_request(
         conf, disk, requests.Quiesce.IF_POSSIBLE, may_stop=True,
         domain=requests.DomainSnapshot())
+    # nova-compute makes it with the first snapshot of a host.
+    request = dataclasses.replace(
+        request, scratch_directory=_nearest(request.scratch_directory))
     disks = tuple(
         each.disk for each in own_disks.chosen(guest, request.disks))
     return selection.candidates(

@@ -13,6 +13,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -322,6 +323,16 @@ class TestFlowOf(ChecksTestCase):
         self.assertRaisesRegex(
             exception.NoFlowServes, 'vdb is a network disk',
             checks._flow_of, self.conf, self.guest)
+
+    def test_directory_that_the_first_snapshot_makes(self) -> None:
+        self.config(snapshots_directory=os.path.join(
+            self.directory, 'snapshots'), group='libvirt')
+        self.config(flows=['backup', 'cold'], group='snapshot_ext')
+        self.domain.current_state = [
+            libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED]
+        self.domain.disks = fakes.disk_xml(
+            self.new_file('disk', bytes(4096)))
+        self.assertEqual('backup', checks._flow_of(self.conf, self.guest))
 
 
 class TestCommand(ChecksTestCase):
