@@ -17,6 +17,7 @@ import http.server
 import json
 import threading
 import typing
+import unittest
 import urllib.parse
 
 IMAGE = 'c0ffee00-0000-4000-8000-000000000001'
@@ -213,3 +214,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 del image[name]
             else:
                 image[name] = change['value']
+
+
+def served(test: unittest.TestCase) -> FakeGlance:
+    """One that answers until a test ends."""
+    server = FakeGlance()
+    thread = threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    test.addCleanup(thread.join)
+    test.addCleanup(server.server_close)
+    test.addCleanup(server.shutdown)
+    test.addCleanup(server.stalled.set)
+    return server

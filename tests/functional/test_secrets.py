@@ -29,13 +29,7 @@ class SecretsTest(test_cli.CommandTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.server = fake_glance.FakeGlance()
-        thread = threading.Thread(target=self.server.serve_forever,
-                                  daemon=True)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
+        self.server = fake_glance.served(self)
         clouds = self.work / 'clouds.yaml'
         clouds.write_text(
             f'clouds: {{test: {{auth_type: admin_token, '

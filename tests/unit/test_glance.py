@@ -66,14 +66,7 @@ class GlanceTestCase(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.patch_name('nova_snapshot_ext.images.glance._RETRY_S', 0)
-        self.server = fake_glance.FakeGlance()
-        thread = threading.Thread(
-            target=self.server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
-        self.addCleanup(self.server.stalled.set)
+        self.server = fake_glance.served(self)
         self.server.add()
         self.image = Bytes()
         self.log = self.new_log()

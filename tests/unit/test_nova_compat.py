@@ -16,7 +16,6 @@ TestStart rests on the manager of the installed one; the rest gives it, and
 takes from it, what another release has.
 """
 
-import threading
 import types
 import typing
 from unittest import mock
@@ -149,13 +148,7 @@ class TestImageService(CompatTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.config = nova_config.use(self)
-        self.server = fake_glance.FakeGlance()
-        thread = threading.Thread(
-            target=self.server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
+        self.server = fake_glance.served(self)
         self.server.add()
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
